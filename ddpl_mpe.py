@@ -1,0 +1,881 @@
+"""DDPL on the cooperative tasks of mpe2, the multi-agent particle environments.
+
+DDPL is from Zhang, Balim, Li, "Decentralized Diffusion Policy Learning for Enhanced Exploration in Cooperative
+Multi-agent Reinforcement Learning", arXiv 2605.07101 (2026). Only its abstract could be read and no code is public, so
+what stands here is a reconstruction.
+
+    python ddpl_mpe.py --env-id simple_spread_v3
+
+1. Every agent acts with its own T-step diffusion policy pi_i(a_i | o_i); transitions go to a replay buffer.
+2. Twin critics learn Q(s, a_1..a_N) of the team reward; the target's next actions are drawn from the policies.
+3. Per state and agent, M actions are proposed from a mixture of known density q: uniform, and kernels around pi_i.
+4. They are weighed by w = exp(Q(s, a_i, a_-i) / temperature_i) / q(a_i), which estimates the energy-based policy.
+5. The denoiser learns E[a_i | x_t] under those weights (importance sampling score matching, ISSM); no sample of the
+   energy-based policy is ever needed.
+6. temperature_i follows the weights' own entropy estimate to a target entropy.
+
+--policy gaussian is the baseline that the paper argues against: the same energy-based policy projected on a
+tanh-Gaussian by the reparameterised KL, as in soft actor-critic, with everything else equal.
+The README numbers the implementation details and explains every logged scalar.
+"""
+
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from mpe2.all_modules import mpe_environments
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # Task
+    env_id: str = "simple_spread_v3"
+    """A cooperative mpe2 task, such as simple_spread_v3, simple_reference_v3 or simple_speaker_listener_v4."""
+    num_agents: int | None = None
+    """Number of agents, where the task lets you choose (simple_spread_v3: 3 unless given)."""
+    num_envs: int = 8
+    """Copies of the task, stepped one after the other in this process."""
+    total_timesteps: int = 120_000
+    """Environment steps in all, summed over the copies."""
+    seed: int = 1
+    """Seed of networks, exploration, replay and episodes."""
+
+    # Algorithm
+    policy: Literal["diffusion", "gaussian"] = "diffusion"
+    """The policy class: DDPL's diffusion policy or the Gaussian baseline."""
+    buffer_size: int = 1_000_000
+    """Transitions the replay buffer holds."""
+    learning_starts: int = 2_000
+    """Environment steps of uniformly random actions before the first update."""
+    steps_per_update: int = 8
+    """Environment steps for each update of critic and actor."""
+    batch_size: int = 256
+    """Transitions in a critic update."""
+    actor_batch_size: int = 64
+    """Of those, how many states the diffusion policy learns from (each costs M critic evaluations)."""
+    gamma: float = 0.95
+    """Discount factor."""
+    tau: float = 0.01
+    """Step of the target critic towards the critic, each update."""
+    critic_lr: float = 1e-3
+    """Learning rate of the critics."""
+    actor_lr: float = 3e-3
+    """Learning rate of the policies."""
+    critic_hidden: int = 256
+    """Width of the critics' two hidden layers."""
+    actor_hidden: int = 128
+    """Width of the policies' two hidden layers."""
+
+    # Temperature
+    init_temperature: float = 0.05
+    """Temperature of the energy-based policy at the start."""
+    temperature_lr: float = 3e-3
+    """Learning rate of the log-temperature."""
+    target_entropy: float = -0.5
+    """Entropy the temperature aims at, in nats per action dimension (uniform: 0.69)."""
+
+    # Diffusion policy and ISSM
+    denoising_steps: int = 10
+    """T, the steps of the diffusion."""
+    num_uniform: int = 4
+    """Uniform candidates per state and agent."""
+    num_per_kernel: int = 6
+    """Candidates per state, agent and kernel width."""
+    sigmas: tuple[float, ...] = (0.1, 0.3)
+    """Widths of the kernels around the policy's sample (actions span [-1, 1])."""
+    num_noise_draws: int = 4
+    """R, noisy points that the denoiser learns from per state and agent."""
+
+    # Run
+    eval_interval: int = 5_000
+    """Environment steps between evaluations."""
+    eval_episodes: int = 40
+    """Episodes of each evaluation, once with sampled and once with deterministic actions."""
+    final_eval_episodes: int = 200
+    """Episodes of the last evaluation, the one reported."""
+    log_interval: int = 1_000
+    """Environment steps between TensorBoard points."""
+    checkpoint_interval: int = 20_000
+    """Environment steps between checkpoints (each waits for the end of an episode)."""
+    num_threads: int = 1
+    """Threads of PyTorch; networks this small gain little from more."""
+    capture_video: bool = False
+    """Write a GIF of the evaluated team to RUN_DIR/videos."""
+    track: bool = False
+    """Mirror the TensorBoard scalars to Weights & Biases (needs `pip install wandb`)."""
+    wandb_project_name: str = "diffusion-marl"
+    """Project on Weights & Biases."""
+    resume: str | None = None
+    """Run folder to go on with, from its checkpoint and with its arguments."""
+    evaluate: str | None = None
+    """Run folder whose policy to load, play and print returns of, without training."""
+
+
+SCRIPT = "ddpl_mpe"
+EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "return_mean", "return_std", "episodes")
+
+
+class RunError(Exception):
+    """A wrong argument or a failed run, told to the user in one sentence."""
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+
+def make_env(env_id: str, num_agents: int | None = None, render_mode: str | None = None):
+    """The mpe2 task as a PettingZoo parallel environment with continuous actions.
+
+    Raises RunError if the task is unknown, not cooperative, not continuous or has no choice of `num_agents`.
+    """
+    module = mpe_environments.get(f"mpe/{env_id}")
+    options = {} if num_agents is None else {"N": num_agents}
+    try:
+        env = module and module.parallel_env(continuous_actions=True, render_mode=render_mode, **options)
+    except TypeError:
+        raise RunError(f"--num-agents: the number of agents of {env_id} is fixed; drop the flag") from None
+    if not env or any(getattr(agent, "adversary", False) for agent in env.unwrapped.world.agents):
+        why = "has adversaries" if env else "is not in mpe2"
+        raise RunError(f"--env-id: {env_id!r} {why}; the cooperative tasks are {', '.join(cooperative_tasks())}")
+    if any(not hasattr(env.action_space(agent), "low") for agent in env.possible_agents):
+        raise RunError(f"--env-id: {env_id!r} has discrete actions; DDPL needs continuous ones (Box)")
+    return env
+
+
+def cooperative_tasks() -> list[str]:
+    """The mpe2 tasks without adversaries, asked of the installed package."""
+    worlds = {name: module.parallel_env().unwrapped.world for name, module in mpe_environments.items()}
+    return [
+        name.removeprefix("mpe/")
+        for name, world in worlds.items()
+        if not any(getattr(agent, "adversary", False) for agent in world.agents)
+    ]
+
+
+class VectorMPE:
+    """E copies of one mpe2 task as arrays, agents zero-padded to the largest observation and action.
+
+    Actions lie in [-1, 1]. An agent's first two are its force along x and y (its five movement actions reduce to that:
+    "none" does nothing and opposite pairs cancel), the rest its message. The reward is the mean over agents.
+    All copies end at the same step, truncated by mpe2's limit of 25; none of these tasks terminates earlier.
+    """
+
+    def __init__(self, env_id: str, num_agents: int | None, num_envs: int, render_mode: str | None = None):
+        self.envs = [make_env(env_id, num_agents, render_mode) for _ in range(num_envs)]
+        env, world = self.envs[0], self.envs[0].unwrapped.world
+        self.agents = env.possible_agents
+        self.movable = [agent.movable for agent in world.agents]
+        self.action_sizes = [2 * agent.movable + (0 if agent.silent else world.dim_c) for agent in world.agents]
+        self.obs_sizes = [env.observation_space(agent).shape[0] for agent in self.agents]
+        self.num_agents, self.obs_size, self.action_size = len(self.agents), max(self.obs_sizes), max(self.action_sizes)
+        self.episode_length = env.unwrapped.max_cycles
+
+    def action_mask(self) -> Tensor:
+        """[N, D] float: 1 for an agent's real action dimensions, 0 for padding."""
+        return (torch.arange(self.action_size) < torch.tensor(self.action_sizes)[:, None]).float()
+
+    def reset(self, seeds: np.ndarray) -> np.ndarray:
+        """Start an episode in every copy, each from its own seed; returns observations [E, N, O] float32."""
+        return self._pad([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)])
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Actions [E, N, D] to the true next observations [E, N, O] and reward, terminated, truncated [E]."""
+        actions = self._to_box(actions)
+        steps = [env.step(dict(zip(self.agents, rows))) for env, rows in zip(self.envs, zip(*actions), strict=True)]
+        obs, rewards, terminated, truncated, _ = zip(*steps, strict=True)
+        reward = np.array([np.mean(list(r.values())) for r in rewards], np.float32)
+        return self._pad(obs), reward, *(np.array([all(d.values()) for d in done]) for done in (terminated, truncated))
+
+    def _to_box(self, actions: np.ndarray) -> list[np.ndarray]:
+        """Per agent, the actions [E, D_i] in mpe2's own box [0, 1]: none, left, right, down, up, message."""
+        boxes = []
+        for i, (movable, size) in enumerate(zip(self.movable, self.action_sizes)):
+            x, y, message = actions[:, i, 0:1], actions[:, i, 1:2], actions[:, i, 2 * movable : size]
+            movement = [0 * x, -x, x, -y, y] if movable else []
+            boxes.append(np.concatenate([*movement, (message + 1) / 2], axis=-1).clip(0, 1).astype(np.float32))
+        return boxes
+
+    def _pad(self, observations) -> np.ndarray:
+        padded = np.zeros((len(self.envs), self.num_agents, self.obs_size), np.float32)
+        for i, (agent, size) in enumerate(zip(self.agents, self.obs_sizes)):
+            padded[:, i, :size] = [obs[agent] for obs in observations]
+        return padded
+
+
+def episode_seeds(stream: int, seed: int, episode: int, num_envs: int) -> np.ndarray:
+    """[E] seeds of the copies' next episode, in the stream of training (0) or evaluation (1) episodes.
+
+    They depend on nothing but these numbers, so a resumed run plays the same episodes without saving the environments.
+    """
+    return np.random.SeedSequence([stream, seed, episode]).generate_state(num_envs)
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+def stacked_weight(stack: int, in_features: int, out_features: int) -> nn.Parameter:
+    """`stack` weight matrices [S, in, out], one per agent or critic, each started as torch.nn.Linear starts its own."""
+    bound = in_features**-0.5
+    return nn.Parameter(torch.empty(stack, in_features, out_features).uniform_(-bound, bound))
+
+
+class StackedLinear(nn.Module):
+    """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]."""
+
+    def __init__(self, stack: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = stacked_weight(stack, in_features, out_features)
+        self.bias = nn.Parameter(torch.zeros(stack, 1, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class DiffusionPolicy(nn.Module):
+    """N denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent."""
+
+    def __init__(self, num_agents: int, obs_size: int, action_size: int, hidden: int, num_steps: int, mask: Tensor):
+        super().__init__()
+        self.observation = StackedLinear(num_agents, obs_size, hidden)
+        self.step = nn.Parameter(0.3 * torch.randn(num_agents, num_steps + 1, hidden))
+        self.noisy_action = stacked_weight(num_agents, action_size, hidden)
+        self.hidden = StackedLinear(num_agents, hidden, hidden)
+        self.velocity = StackedLinear(num_agents, hidden, action_size)
+        nn.init.zeros_(self.velocity.weight)
+        self.register_buffer("alphas_bar", noise_schedule(num_steps), persistent=False)
+        self.register_buffer("mask", mask[:, None], persistent=False)  # [N, 1, D]
+
+    def forward(self, context: Tensor, x_t: Tensor) -> Tensor:
+        """v [N, B, D] from noisy actions [N, B, D]; context [N, B, H] is the first layer's share of (observation, t)."""
+        hidden = F.silu(torch.baddbmm(context, x_t, self.noisy_action))
+        return self.velocity(F.silu(self.hidden(hidden))) * self.mask
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor, deterministic: bool = False) -> Tensor:
+        """Actions [N, B, D] in [-1, 1] for observations [N, B, O], by ancestral sampling.
+
+        Deterministic: from x_T = 0 and without noise.
+        """
+        noise_scale = 0.0 if deterministic else 1.0
+        features = self.observation(obs)  # the same at every step, so computed once
+        x_t = noise_scale * torch.randn(*obs.shape[:2], self.mask.shape[-1]) * self.mask
+        for t in range(len(self.alphas_bar) - 1, 0, -1):
+            mean, std = denoise_step(x_t, self(features + self.step[:, t, None], x_t), t, self.alphas_bar)
+            x_t = mean + noise_scale * std * torch.randn_like(mean) * self.mask
+        return x_t
+
+
+class GaussianPolicy(nn.Module):
+    """N tanh-Gaussian policies of the same size as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
+
+    def __init__(self, num_agents: int, obs_size: int, action_size: int, hidden: int, mask: Tensor):
+        super().__init__()
+        self.observation = StackedLinear(num_agents, obs_size, hidden)
+        self.hidden = StackedLinear(num_agents, hidden, hidden)
+        self.mean_and_log_std = StackedLinear(num_agents, hidden, 2 * action_size)
+        self.register_buffer("mask", mask[:, None], persistent=False)  # [N, 1, D]
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation [N, B, D] before the tanh."""
+        hidden = F.silu(self.hidden(F.silu(self.observation(obs))))
+        mean, log_std = self.mean_and_log_std(hidden).chunk(2, dim=-1)
+        return mean, -5 + 3.5 * (torch.tanh(log_std) + 1)  # in [-5, 2], the bounds of CleanRL's SAC
+
+    def rsample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Reparameterised actions [N, B, D] and their log-density [N, B]."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), without cancellation
+        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_det
+        return torch.tanh(u) * self.mask, (log_prob * self.mask).sum(-1)
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor, deterministic: bool = False) -> Tensor:
+        """Actions [N, B, D] in [-1, 1] for observations [N, B, O]. Deterministic: tanh of the mean."""
+        return torch.tanh(self(obs)[0]) * self.mask if deterministic else self.rsample(obs)[0]
+
+
+class TwinCritic(nn.Module):
+    """Two centralised critics Q(s, a_1..a_N) of the team reward; s is all observations, concatenated."""
+
+    def __init__(self, num_agents: int, obs_size: int, action_size: int, hidden: int):
+        super().__init__()
+        self.state = StackedLinear(2, num_agents * obs_size, hidden)
+        self.actions = stacked_weight(2, num_agents * action_size, hidden)
+        self.hidden = StackedLinear(2, hidden, hidden)
+        self.value = StackedLinear(2, hidden, 1)
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Values [2, B] of observations [N, B, O] and joint actions [N, B, D]."""
+        state, joint = (x.transpose(0, 1).flatten(1).expand(2, -1, -1) for x in (obs, actions))
+        hidden = F.relu(torch.baddbmm(self.state(state), joint, self.actions))
+        return self.value(F.relu(self.hidden(hidden))).squeeze(-1)
+
+    @torch.no_grad()
+    def score(self, obs: Tensor, actions: Tensor, candidates: Tensor) -> Tensor:
+        """Q1 [N, M, B] where agent i plays each of its candidates [N, M, B, D], the others their joint action [N, B, D].
+
+        The candidates of a state share the first layer but for the agent's own action, so that it costs next to nothing.
+        """
+        num_agents, num_candidates, batch_size, action_size = candidates.shape
+        state, joint = (x.transpose(0, 1).flatten(1) for x in (obs, actions))
+        own = self.actions[0].view(num_agents, action_size, -1)  # the columns of each agent's own action
+        shared = state @ self.state.weight[0] + self.state.bias[0] + joint @ self.actions[0] - actions @ own  # [N, B, H]
+        hidden = (candidates.flatten(1, 2) @ own).view(num_agents, num_candidates, batch_size, -1)
+        hidden = hidden.add_(shared[:, None]).relu_().flatten(0, 2)
+        hidden = torch.addmm(self.hidden.bias[0], hidden, self.hidden.weight[0]).relu_()
+        return (hidden @ self.value.weight[0] + self.value.bias[0]).view(candidates.shape[:3])
+
+
+# -------------------------------------------------------------------------------------------------- replay buffer
+
+
+class Batch(NamedTuple):
+    """Transitions, agents first: observations [N, B, O], actions [N, B, D], reward and terminated [B]."""
+
+    obs: Tensor
+    actions: Tensor
+    reward: Tensor
+    terminated: Tensor
+    next_obs: Tensor
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions. `next_obs` is the true next observation, also where an episode was truncated."""
+
+    def __init__(self, capacity: int, num_agents: int, obs_size: int, action_size: int):
+        shapes = Batch((num_agents, obs_size), (num_agents, action_size), (), (), (num_agents, obs_size))
+        self.data = Batch(*(torch.empty(capacity, *shape) for shape in shapes))  # untouched pages take no memory
+        self.capacity, self.added = capacity, 0
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, *transitions: Tensor) -> None:
+        """Add E transitions, given in the order of Batch's fields, each [E, ...]."""
+        rows = torch.arange(self.added, self.added + len(transitions[0])) % self.capacity
+        for column, values in zip(self.data, transitions, strict=True):
+            column[rows] = values.to(column.dtype)
+        self.added += len(rows)
+
+    def sample(self, batch_size: int) -> Batch:
+        """A batch drawn uniformly with replacement."""
+        rows = torch.randint(self.size, (batch_size,))
+        return Batch(*(column[rows].transpose(0, 1) if column.ndim > 1 else column[rows] for column in self.data))
+
+    def state_dict(self) -> dict:
+        return {"added": self.added, "data": [column[: self.size].clone() for column in self.data]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        for column, values in zip(self.data, state["data"], strict=True):
+            column[: self.size] = values
+
+
+# --------------------------------------------------------------------------------- diffusion and ISSM: pure functions
+
+
+def noise_schedule(num_steps: int, log_snr_max: float = 7.0, log_snr_min: float = -5.0) -> Tensor:
+    """alphas_bar [T+1], the share of signal variance left after t steps: sigmoid of a log-SNR linear in t; [0] is 1."""
+    return torch.cat([torch.ones(1), torch.linspace(log_snr_max, log_snr_min, num_steps).sigmoid()])
+
+
+def denoise_step(x_t: Tensor, v: Tensor, t: int, alphas_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [..., D] and standard deviation [] of x_{t-1} given x_t and the predicted v (DDPM, eq. 6-7).
+
+    The implied x_0 is clipped to [-1, 1]. At t = 1 the mean is x_0 and the deviation 0.
+    """
+    signal, previous = alphas_bar[t], alphas_bar[t - 1]
+    alpha = signal / previous
+    x_0 = (signal.sqrt() * x_t - (1 - signal).sqrt() * v).clamp(-1, 1)
+    mean = (previous.sqrt() * (1 - alpha) * x_0 + alpha.sqrt() * (1 - previous) * x_t) / (1 - signal)
+    return mean, ((1 - alpha) * (1 - previous) / (1 - signal)).sqrt()
+
+
+def propose_actions(
+    anchor: Tensor, drift: Tensor, sigmas: Tensor, num_uniform: int, num_per_kernel: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Candidates [N, M, B, D] in [-1, 1] and their log-density [N, M, B] under the mixture that proposed them.
+
+    The mixture: `num_uniform` uniform on the box, and for each of the J widths in `sigmas` [J] `num_per_kernel` from a
+    Gaussian around anchor [N, B, D] + drift [J, N, B, D], reflected at the faces of the box. Every candidate is scored
+    under the whole mixture (the balance heuristic, Veach and Guibas 1995). M = num_uniform + J * num_per_kernel.
+    mask [N, D] marks real dimensions; the others stay 0 and add nothing to the density.
+    """
+    num_agents, batch_size, size = anchor.shape
+    mask = torch.ones(num_agents, 1, 1, size) if mask is None else mask[:, None, None]
+    width = sigmas.view(-1, 1, 1, 1, 1)
+    centre = (anchor + drift).clamp(-1, 1)[:, :, None]  # [J, N, 1, B, D]
+
+    uniform = 2 * torch.rand(num_agents, num_uniform, batch_size, size) - 1
+    kernel = centre + width * torch.randn(len(sigmas), num_agents, num_per_kernel, batch_size, size)
+    kernel = kernel - 2 * (kernel - 1).clamp(min=0) - 2 * (kernel + 1).clamp(max=0)  # beyond a face: mirrored back
+    kernel = kernel.clamp(-1, 1).transpose(0, 1).flatten(1, 2)  # beyond both faces: as good as never
+    candidates = torch.cat([uniform, kernel], dim=1) * mask
+
+    # A reflected kernel's density sums its images in the two faces.
+    images = torch.stack([centre, 2 - centre, -2 - centre])
+    log_images = -0.5 * ((candidates - images) / width) ** 2 - (width * math.sqrt(2 * math.pi)).log()
+    log_kernels = (log_images.logsumexp(0) * mask).sum(-1)  # [J, N, M, B]
+    log_uniform = (-math.log(2) * mask.sum(-1)).expand(1, *log_kernels.shape[1:])
+    counts = torch.tensor([num_uniform] + [num_per_kernel] * len(sigmas))
+    log_shares = (counts / counts.sum()).log().view(-1, 1, 1, 1)
+    return candidates, (torch.cat([log_uniform, log_kernels]) + log_shares).logsumexp(0)
+
+
+def issm_weights(q: Tensor, log_q: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Self-normalised importance weights [N, M, B] of candidates for the energy-based policy exp(q / temperature) / Z.
+
+    q [N, M, B] is the energy and log_q [N, M, B] the candidates' log-density, temperature is [N].
+    Also returns the estimates [N, B] of log Z and of the policy's entropy, log Z - E[q / temperature], in nats.
+    """
+    energy = q / temperature[:, None, None]
+    log_weights = energy - log_q
+    weights = log_weights.softmax(1)
+    log_z = log_weights.logsumexp(1) - math.log(q.shape[1])
+    return weights, log_z, log_z - (weights * energy).sum(1)
+
+
+def issm_target(x_t: Tensor, alpha_bar: Tensor, candidates: Tensor, weights: Tensor) -> Tensor:
+    """The exact denoiser E[a | x_t] [N, R, B, D] of the weighted candidates [N, M, B, D], weights [N, M, B].
+
+    x_t [N, R, B, D] is sqrt(alpha_bar) a + sqrt(1 - alpha_bar) noise, alpha_bar [N, R, B]. Every candidate counts, by
+    its weight times its likelihood of x_t, so that the choice of the one behind x_t adds no variance.
+    """
+    x_t, candidates = x_t.transpose(1, 2), candidates.transpose(1, 2)  # [N, B, R, D], [N, B, M, D]
+    signal = alpha_bar.transpose(1, 2)[..., None]  # [N, B, R, 1]
+    # -|x_t - sqrt(signal) a|^2 / 2 without the term in x_t alone, which the softmax over candidates cancels
+    fit = signal.sqrt() * (x_t @ candidates.mT) - 0.5 * signal * candidates.square().sum(-1)[:, :, None]
+    posterior = (weights.transpose(1, 2).log()[:, :, None] + fit / (1 - signal)).softmax(-1)  # [N, B, R, M]
+    return (posterior @ candidates).transpose(1, 2)
+
+
+# -------------------------------------------------------------------------------------------------------- learner
+
+
+class Learner:
+    """What training changes: policies, critics, their optimisers and the temperatures."""
+
+    def __init__(self, args: Args, num_agents: int, obs_size: int, action_size: int, mask: Tensor):
+        sizes = num_agents, obs_size, action_size
+        if args.policy == "diffusion":
+            self.policy = DiffusionPolicy(*sizes, args.actor_hidden, args.denoising_steps, mask)
+        else:
+            self.policy = GaussianPolicy(*sizes, args.actor_hidden, mask)
+        self.critic, self.target_critic = (TwinCritic(*sizes, args.critic_hidden) for _ in range(2))
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.log_temperature = torch.full((num_agents,), math.log(args.init_temperature), requires_grad=True)
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.actor_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True)
+        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], args.temperature_lr, fused=True)
+        self.args, self.mask, self.sigmas = args, mask, torch.tensor(args.sigmas)
+        self.target_entropy = args.target_entropy * mask.sum(-1)  # [N]
+
+    def modules(self) -> dict:
+        """Everything with a state_dict, by name."""
+        return {name: value for name, value in vars(self).items() if hasattr(value, "state_dict")}
+
+    def state_dict(self) -> dict:
+        states = {name: module.state_dict() for name, module in self.modules().items()}
+        return states | {"log_temperature": self.log_temperature.detach().clone()}
+
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        """Every learned tensor, by name."""
+        networks = {"policy": self.policy, "critic": self.critic}
+        named = [(f"{n}.{k}", v) for n, network in networks.items() for k, v in network.named_parameters()]
+        return [*named, ("log_temperature", self.log_temperature)]
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, module in self.modules().items():
+            module.load_state_dict(state[name])
+        with torch.no_grad():
+            self.log_temperature.copy_(state["log_temperature"])
+
+
+def update(learner: Learner, batch: Batch) -> dict[str, Tensor]:
+    """One update of critics, policies and temperatures; returns metrics, each a tensor [].
+
+    The policies learn at the next observations: there the critic's target has just drawn their actions, which serve
+    again as the centres of the proposals and as the other agents' actions a_-i.
+    """
+    next_actions = learner.policy.sample(batch.next_obs)
+    metrics = update_critic(learner, batch, next_actions)
+    if isinstance(learner.policy, GaussianPolicy):
+        return metrics | update_gaussian(learner, batch.next_obs)
+    states = slice(learner.args.actor_batch_size)
+    return metrics | update_diffusion(learner, batch.next_obs[:, states], next_actions[:, states])
+
+
+def update_critic(learner: Learner, batch: Batch, next_actions: Tensor) -> dict[str, Tensor]:
+    """Move both critics to r + gamma (1 - terminated) min_k Q'_k(s', a'); a truncated episode bootstraps."""
+    with torch.no_grad():
+        next_value = learner.target_critic(batch.next_obs, next_actions).min(0).values
+        target = batch.reward + learner.args.gamma * (1 - batch.terminated) * next_value
+    q = learner.critic(batch.obs, batch.actions)
+    loss = (q - target).square().mean(1).sum()
+    take_step(learner.critic_optimizer, loss)
+    with torch.no_grad():
+        torch._foreach_lerp_([*learner.target_critic.parameters()], [*learner.critic.parameters()], learner.args.tau)
+    return {"losses/critic": loss.detach(), "losses/q": q.detach().mean()}
+
+
+def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str, Tensor]:
+    """One ISSM step of every agent's denoiser, at obs [N, B, O] and the policies' own actions [N, B, D] there."""
+    args, mask, sigmas = learner.args, learner.mask, learner.sigmas.view(-1, 1, 1, 1)
+    temperature = learner.log_temperature.detach().exp()
+
+    # 1. Propose. Each kernel moves one Langevin step uphill, but no further than its own width.
+    joint = actions.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(learner.critic(obs, joint)[0].sum(), joint)
+    drift = sigmas**2 / 2 * gradient / temperature[:, None, None]  # [J, N, B, D]
+    drift = drift * (sigmas / drift.norm(dim=-1, keepdim=True).clamp(min=1e-8)).clamp(max=1)
+    candidates, log_q = propose_actions(actions, drift, learner.sigmas, args.num_uniform, args.num_per_kernel, mask)
+
+    # 2. Weigh.
+    q = learner.critic.score(obs, actions, candidates)
+    weights, _, entropy = issm_weights(q, log_q, temperature)
+
+    # 3. Match: noisy points around resampled candidates, each with its exact denoiser as the target.
+    with torch.no_grad():
+        num_agents, num_candidates, batch_size = weights.shape
+        draws = weights.transpose(1, 2).flatten(0, 1).multinomial(args.num_noise_draws, replacement=True)
+        draws = draws.view(num_agents, batch_size, -1).transpose(1, 2)  # [N, R, B]
+        x_0 = candidates.gather(1, draws[..., None].expand(-1, -1, -1, candidates.shape[-1]))
+        t = torch.randint(1, args.denoising_steps + 1, draws.shape)
+        alpha_bar = learner.policy.alphas_bar[t]
+        signal, noise = alpha_bar.sqrt()[..., None], (1 - alpha_bar).sqrt()[..., None]
+        x_t = (signal * x_0 + noise * torch.randn_like(x_0)) * mask[:, None, None]
+        velocity = (signal * x_t - issm_target(x_t, alpha_bar, candidates, weights)) / noise
+        step = F.one_hot(t, args.denoising_steps + 1).float().flatten(1, 2)  # [N, R * B, T + 1]
+    features = learner.policy.observation(obs).repeat(1, args.num_noise_draws, 1)
+    prediction = learner.policy(features + step @ learner.policy.step, x_t.flatten(1, 2))
+    loss = (prediction - velocity.flatten(1, 2)).square().mean()
+    take_step(learner.policy_optimizer, loss)
+    metrics = update_temperature(learner, entropy.mean(1))
+    sample_size = 1 / weights.square().sum(1)
+    return metrics | {"losses/actor": loss.detach(), "policy/effective_sample_size": sample_size.mean()}
+
+
+def update_gaussian(learner: Learner, obs: Tensor) -> dict[str, Tensor]:
+    """One step of every Gaussian down its KL to the energy-based policy, reparameterised, at obs [N, B, O].
+
+    One pass over the joint action serves all agents: the gradient for agent i goes through a_i alone.
+    """
+    temperature = learner.log_temperature.detach().exp()
+    actions, log_prob = learner.policy.rsample(obs)
+    loss = ((temperature[:, None] * log_prob).sum(0) - learner.critic(obs, actions)[0]).mean()
+    take_step(learner.policy_optimizer, loss)
+    return update_temperature(learner, -log_prob.detach().mean(1)) | {"losses/actor": loss.detach()}
+
+
+def update_temperature(learner: Learner, entropy: Tensor) -> dict[str, Tensor]:
+    """Raise the temperature of an agent whose entropy [N] is below its target and lower it where it is above."""
+    take_step(learner.temperature_optimizer, (learner.log_temperature * (entropy - learner.target_entropy)).sum())
+    return {"policy/temperature": learner.log_temperature.detach().exp().mean(), "policy/entropy": entropy.mean()}
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One gradient step down the loss, on the optimizer's own parameters only."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def policy_spread(learner: Learner, obs: Tensor, num_samples: int = 16) -> float:
+    """Standard deviation of actions drawn at the same observation [N, B, O], mean over observations and dimensions."""
+    samples = learner.policy.sample(obs.repeat(1, num_samples, 1)).unflatten(1, (num_samples, -1))
+    return ((samples.std(1).mean(1) * learner.mask).sum() / learner.mask.sum()).item()
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluate(
+    policy: nn.Module, args: Args, episodes: int, deterministic: bool, seed: int, video: Path | None = None
+) -> np.ndarray:
+    """Undiscounted team returns [episodes], played without touching training's random numbers.
+
+    The first four episodes go to the GIF `video`, if given.
+    """
+    env = VectorMPE(args.env_id, args.num_agents, min(episodes, 20), "rgb_array" if video else None)
+    waves, films = [], [[] for _ in env.envs[:4]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        while len(waves) * len(env.envs) < episodes:
+            obs, returns = env.reset(episode_seeds(1, seed, len(waves), len(env.envs))), np.zeros(len(env.envs))
+            for _ in range(env.episode_length):
+                actions = policy.sample(torch.from_numpy(obs).transpose(0, 1), deterministic)
+                obs, reward, _, _ = env.step(actions.transpose(0, 1).numpy())
+                returns += reward
+                if video and not waves:
+                    for film, copy in zip(films, env.envs):
+                        film.append(copy.render()[::2, ::2])
+            waves.append(returns)
+    if video:
+        import imageio
+
+        video.parent.mkdir(exist_ok=True)
+        imageio.mimsave(video, [frame for film in films for frame in film], duration=100, loop=0)
+    return np.concatenate(waves)[:episodes]
+
+
+def evaluation_row(returns: np.ndarray, global_step: int, seconds: float, deterministic: bool) -> dict:
+    """A row of evaluations.csv."""
+    return {
+        "global_step": global_step,
+        "seconds": round(seconds, 1),
+        "deterministic": int(deterministic),
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "episodes": len(returns),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- files of a run
+
+
+def check_args(args: Args) -> None:
+    """Raise RunError for the first argument that makes no sense."""
+
+    def require(name: str, valid: bool, choices: str) -> None:
+        if not valid:
+            raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not valid; it must be {choices}")
+
+    for name, smallest in (
+        dict.fromkeys(("seed", "learning_starts", "num_uniform"), 0)
+        | dict.fromkeys(("num_envs", "total_timesteps", "steps_per_update", "batch_size", "actor_batch_size"), 1)
+        | dict.fromkeys(("critic_hidden", "actor_hidden", "denoising_steps", "num_per_kernel", "num_noise_draws"), 1)
+        | dict.fromkeys(("eval_interval", "eval_episodes", "final_eval_episodes", "log_interval"), 1)
+        | dict.fromkeys(("checkpoint_interval", "num_threads"), 1)
+    ).items():
+        require(name, getattr(args, name) >= smallest, f"a whole number of at least {smallest}")
+    require("num_agents", args.num_agents is None or args.num_agents >= 1, "a whole number of at least 1")
+    require("buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")
+    for name in ("critic_lr", "actor_lr", "temperature_lr", "init_temperature"):
+        require(name, 0 < getattr(args, name) < math.inf, "a number above 0")
+    require("gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
+    require("tau", 0 < args.tau <= 1, "a number above 0, at most 1")
+    require("target_entropy", args.target_entropy < math.log(2), "below 0.69, the uniform policy's entropy")
+    require("sigmas", args.sigmas and all(0 < s <= 1 for s in args.sigmas), "one or more numbers above 0, at most 1")
+
+
+def check_finite(named_values: Iterable[tuple[str, Tensor]], global_step: int) -> None:
+    """Stop the run if a value is NaN or infinite. Called before every checkpoint, so that no checkpoint holds one."""
+    for name, value in named_values:
+        if not value.isfinite().all():
+            raise RunError(f"{name} is NaN or infinite at step {global_step}; the last checkpoint, from before, is intact")
+
+
+def run_arguments(args: Args) -> dict:
+    """The arguments that define a run, as opposed to what to do with it."""
+    return {k: v for k, v in asdict(args).items() if k not in ("resume", "evaluate", "capture_video", "track")}
+
+
+def save_checkpoint(run_dir: Path, contents: dict) -> None:
+    """Write checkpoint.pt so that a kill at any moment leaves a whole one, the old or the new."""
+    torch.save(contents, run_dir / "checkpoint.pt.tmp")
+    os.replace(run_dir / "checkpoint.pt.tmp", run_dir / "checkpoint.pt")
+
+
+def load_checkpoint(flag: str, run_dir: Path, args: Args) -> tuple[Args, dict]:
+    """A run's arguments and the contents of its checkpoint. Loading executes no code (weights_only).
+
+    Raises RunError if the checkpoint is missing, damaged or another script's, or if `args` ask for another run.
+    """
+    path = run_dir / "checkpoint.pt"
+    if not path.is_file():
+        runs = ", ".join(str(p.parent) for p in sorted(Path("runs").glob(f"{SCRIPT}__*/checkpoint.pt"))) or "none yet"
+        raise RunError(f"{flag}: there is no checkpoint.pt in {str(run_dir)!r}; run folders here: {runs}")
+    try:
+        checkpoint = torch.load(path, weights_only=True)
+        script, stored = checkpoint["script"], checkpoint["args"]
+    except Exception as error:  # whatever torch.load raises at a truncated or foreign file
+        raise RunError(f"{flag}: {path} is damaged ({type(error).__name__}); choose another run folder") from None
+    if script != SCRIPT:
+        raise RunError(f"{flag}: {path} belongs to {script}.py; choose a folder named runs/{SCRIPT}__...")
+    for field in fields(Args):
+        asked = getattr(args, field.name)
+        if field.name in stored and asked not in (field.default, stored[field.name]):
+            name = f"--{field.name.replace('_', '-')}"
+            raise RunError(f"{flag}: {run_dir} ran with {name} {stored[field.name]}, not {asked}; drop {name}")
+    return replace(args, **stored), checkpoint
+
+
+def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
+    """Write evaluations.csv, whole."""
+    with open(run_dir / "evaluations.csv.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(run_dir / "evaluations.csv.tmp", run_dir / "evaluations.csv")
+
+
+def start_tracking(args: Args, run_dir: Path) -> None:
+    """Mirror TensorBoard's scalars to Weights & Biases."""
+    try:
+        import wandb
+    except ImportError:
+        raise RunError("--track needs Weights & Biases: pip install wandb, or drop --track") from None
+    wandb.init(project=args.wandb_project_name, name=run_dir.name, config=run_arguments(args), sync_tensorboard=True)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def train(args: Args) -> dict:
+    """Train one team; returns a dict, also written to RUN_DIR/result.json.
+
+    Keys: run_dir; global_step; episodic_returns, the list of returns of the final deterministic evaluation;
+    final_return, their mean; env_steps_per_second. Raises RunError for bad arguments and for NaN.
+    """
+    checkpoint = None
+    if args.resume:
+        run_dir = Path(args.resume)
+        args, checkpoint = load_checkpoint("--resume", run_dir, args)
+    check_args(args)
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    env = VectorMPE(args.env_id, args.num_agents, args.num_envs)
+    sizes, mask = (env.num_agents, env.obs_size, env.action_size), env.action_mask()
+    learner = Learner(args, *sizes, mask)
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), *sizes)
+    global_step, episode, updates, seconds, rows = 0, 0, 0, 0.0, []
+    if checkpoint:
+        learner.load_state_dict(checkpoint["learner"])
+        buffer.load_state_dict(checkpoint["buffer"])
+        torch.set_rng_state(checkpoint["rng"])
+        global_step, episode, updates, seconds, rows = checkpoint["progress"]
+    else:
+        run_dir = Path("runs") / f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir.mkdir(parents=True)
+        (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+    if args.track:
+        start_tracking(args, run_dir)
+    writer = SummaryWriter(run_dir, purge_step=global_step)
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", desc=args.env_id, mininterval=1)
+    first_step, started = global_step, time.monotonic()
+    last_checkpoint = global_step if checkpoint else -args.checkpoint_interval
+
+    def save() -> None:
+        check_finite(learner.named_parameters(), global_step)
+        counters = [global_step, episode, updates, seconds + time.monotonic() - started, rows]
+        states = {"learner": learner.state_dict(), "buffer": buffer.state_dict(), "rng": torch.get_rng_state()}
+        save_checkpoint(run_dir, {"script": SCRIPT, "args": run_arguments(args), "progress": counters, **states})
+
+    def log_evaluation(episodes: int, video: Path | None = None) -> np.ndarray:
+        for mode in ("stochastic", "deterministic"):  # the second is the one filmed and returned
+            returns = evaluate(learner.policy, args, episodes, mode == "deterministic", global_step, video)
+            time_taken = round(seconds + time.monotonic() - started, 1)
+            mean, std = float(returns.mean()), float(returns.std())
+            rows.append(dict(zip(EVALUATION_COLUMNS, (global_step, time_taken, mode, mean, std, episodes))))
+            writer.add_scalar(f"returns/{mode}", mean, global_step)
+        write_evaluations(run_dir, rows)
+        return returns
+
+    obs = None
+    while global_step < args.total_timesteps:
+        if obs is None:  # all copies are between episodes: the environments have no state that a checkpoint would miss
+            if global_step - last_checkpoint >= args.checkpoint_interval:
+                save()
+                last_checkpoint = global_step
+            obs, returns = env.reset(episode_seeds(0, args.seed, episode, args.num_envs)), np.zeros(args.num_envs)
+            episode += 1
+
+        # Act.
+        if global_step < args.learning_starts:
+            actions = (2 * torch.rand(args.num_envs, *mask.shape) - 1) * mask
+        else:
+            actions = learner.policy.sample(torch.from_numpy(obs).transpose(0, 1)).transpose(0, 1)
+        next_obs, reward, terminated, truncated = env.step(actions.numpy())
+        previous_step, global_step = global_step, global_step + args.num_envs
+
+        # Store.
+        check_finite([("the reward", torch.from_numpy(reward))], global_step)
+        buffer.add(*map(torch.as_tensor, (obs, actions, reward, terminated, next_obs)))
+        obs, returns = next_obs, returns + reward
+
+        # Learn.
+        while args.learning_starts + updates * args.steps_per_update < global_step:
+            metrics = update(learner, buffer.sample(args.batch_size))
+            updates += 1
+
+        # Log.
+        progress.update(args.num_envs)
+        if (terminated | truncated).all():
+            obs, episode_return = None, returns.mean()
+        if updates and global_step // args.log_interval > previous_step // args.log_interval:
+            check_finite(metrics.items(), global_step)
+            with torch.random.fork_rng(devices=[]):
+                metrics["policy/spread"] = policy_spread(learner, buffer.sample(64).obs)
+            metrics["steps_per_second"] = (global_step - first_step) / (time.monotonic() - started)
+            metrics["returns/training"] = episode_return
+            for name, value in metrics.items():
+                writer.add_scalar(name, float(value), global_step)
+            progress.set_postfix({"return": f"{episode_return:.2f}", "temp": f"{metrics['policy/temperature']:.4f}"})
+        if global_step // args.eval_interval > previous_step // args.eval_interval and global_step < args.total_timesteps:
+            log_evaluation(args.eval_episodes)
+
+    save()
+    env_steps_per_second = (global_step - first_step) / (time.monotonic() - started)
+    episodic_returns = log_evaluation(args.final_eval_episodes, run_dir / "final.gif" if args.capture_video else None)
+    progress.close()
+    writer.close()
+    result = {
+        "run_dir": str(run_dir),
+        "global_step": global_step,
+        "final_return": float(episodic_returns.mean()),
+        "episodic_returns": episodic_returns.tolist(),
+        "env_steps_per_second": env_steps_per_second,
+    }
+    versions = {package: version(package) for package in ("torch", "numpy", "mpe2", "pettingzoo")}
+    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
+    return result
+
+
+def play(args: Args) -> None:
+    """--evaluate: play a run's policy and print its returns."""
+    run_dir = Path(args.evaluate)
+    args, checkpoint = load_checkpoint("--evaluate", run_dir, args)
+    env = VectorMPE(args.env_id, args.num_agents, 1)
+    learner = Learner(args, env.num_agents, env.obs_size, env.action_size, env.action_mask())
+    learner.load_state_dict(checkpoint["learner"])
+    for mode in ("stochastic", "deterministic"):
+        video = run_dir / f"{mode}.gif" if args.capture_video else None
+        returns = evaluate(learner.policy, args, args.final_eval_episodes, mode == "deterministic", args.seed, video)
+        print(f"{mode:13s} return {returns.mean():.2f} +- {returns.std():.2f} (std) over {len(returns)} episodes")
+        if video:
+            print(f"{'':13s} video {video}")
+
+
+def main(args: Args) -> None:
+    """What the command line asks for; RunError becomes one line on standard error and exit code 1."""
+    try:
+        if args.evaluate:
+            play(args)
+        else:
+            result = train(args)
+            print(f"final return {result['final_return']:.2f}, run folder {result['run_dir']}")
+    except RunError as error:
+        raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
