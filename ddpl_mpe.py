@@ -543,7 +543,7 @@ def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str
     # 1. Propose. Each kernel moves one Langevin step uphill, but no further than its own width.
     joint = actions.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(learner.critic(obs, joint)[0].sum(), joint)
-    drift = sigmas**2 / 2 * gradient / temperature[:, None, None]  # [J, N, B, D]
+    drift = sigmas**2 / 2 * gradient * mask[:, None] / temperature[:, None, None]  # [J, N, B, D]
     drift = drift * (sigmas / drift.norm(dim=-1, keepdim=True).clamp(min=1e-8)).clamp(max=1)
     candidates, log_q = propose_actions(actions, drift, learner.sigmas, args.num_uniform, args.num_per_kernel, mask)
 

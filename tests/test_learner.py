@@ -1,0 +1,192 @@
+"""The updates of ddpl_mpe.py on small problems whose answer is known."""
+
+import math
+
+import pytest
+import torch
+from scipy.integrate import quad
+from torch import nn
+
+import ddpl_mpe
+from ddpl_mpe import Args, Batch, Learner, TwinCritic
+
+POLICIES = ["diffusion", "gaussian"]
+
+
+def make_learner(policy="diffusion", mask=((1.0, 1), (1, 1), (1, 1)), obs_size=4, **options):
+    args = Args(policy=policy, actor_hidden=32, critic_hidden=32, actor_batch_size=16, **options)
+    mask = torch.tensor(mask, dtype=torch.float32)
+    return Learner(args, mask.shape[0], obs_size, mask.shape[1], mask)
+
+
+def make_batch(learner, batch_size=16, obs_size=4):
+    mask = learner.mask[:, None]
+    num_agents, _, action_size = mask.shape
+    obs, next_obs = torch.randn(2, num_agents, batch_size, obs_size)
+    actions = (2 * torch.rand(num_agents, batch_size, action_size) - 1) * mask
+    return Batch(obs, actions, torch.randn(batch_size), torch.zeros(batch_size), next_obs)
+
+
+def test_scores_equal_the_critic_asked_one_candidate_at_a_time():
+    critic = TwinCritic(3, 4, 2, 32)
+    obs, actions, candidates = torch.randn(3, 5, 4), torch.rand(3, 5, 2), torch.rand(3, 6, 5, 2)
+    scores = critic.score(obs, actions, candidates)
+    for agent in range(3):
+        for m in range(6):
+            joint = actions.clone()
+            joint[agent] = candidates[agent, m]
+            torch.testing.assert_close(scores[agent, m], critic(obs, joint)[0])
+
+
+def test_gaussian_log_prob_equals_torch_distributions():
+    policy = make_learner("gaussian").policy
+    obs = torch.randn(3, 50, 4)
+    actions, log_prob = policy.rsample(obs)
+    mean, log_std = policy(obs)
+    tanh_normal = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, log_std.exp()), torch.distributions.TanhTransform()
+    )
+    torch.testing.assert_close(log_prob, tanh_normal.log_prob(actions).sum(-1), atol=1e-3, rtol=1e-3)
+
+
+def test_gaussian_gradient_is_each_agents_own_kl():
+    """The joint pass gives agent i the gradient of its own KL with the others' actions held fixed."""
+    learner = make_learner("gaussian", init_temperature=0.3)
+    obs = torch.randn(3, 16, 4)
+    torch.manual_seed(1)
+    ddpl_mpe.update_gaussian(learner, obs)
+    together = [p.grad.clone() for p in learner.policy.parameters()]
+    learner = (torch.manual_seed(0), make_learner("gaussian", init_temperature=0.3))[1]
+    for agent in range(3):
+        torch.manual_seed(1)
+        actions, log_prob = learner.policy.rsample(obs)
+        fixed = actions.detach().clone()
+        fixed[agent] = actions[agent]
+        loss = (0.3 * log_prob[agent] - learner.critic(obs, fixed)[0]).mean()
+        alone = torch.autograd.grad(loss, list(learner.policy.parameters()))
+        for ours, theirs in zip(together, alone):
+            torch.testing.assert_close(ours[agent], theirs[agent], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_truncation_bootstraps_and_termination_does_not(policy):
+    """The critic's loss is that of the target written out; `terminated` alone cuts the bootstrap."""
+    learner = make_learner(policy)
+    batch = make_batch(learner)
+    batch = batch._replace(terminated=(torch.arange(16) < 8).float())
+    next_actions = learner.policy.sample(batch.next_obs)
+    with torch.no_grad():
+        value = torch.minimum(*learner.target_critic(batch.next_obs, next_actions))
+        target = batch.reward + 0.95 * torch.where(torch.arange(16) < 8, 0, value)
+        expected = sum(((q - target) ** 2).mean() for q in learner.critic(batch.obs, batch.actions))
+    metrics = ddpl_mpe.update_critic(learner, batch, next_actions)
+    torch.testing.assert_close(metrics["losses/critic"], expected)
+
+
+def test_target_critic_follows_slowly():
+    learner = make_learner(tau=0.25)
+    before = [p.detach().clone() for p in learner.target_critic.parameters()]
+    batch = make_batch(learner)
+    ddpl_mpe.update_critic(learner, batch, batch.actions)
+    for old, new, online in zip(before, learner.target_critic.parameters(), learner.critic.parameters()):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * online)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_padding_never_leaks(policy):
+    """Garbage in every weight that belongs to a padded action changes no metric and no real action."""
+    mask, outcomes = torch.tensor([[1.0, 1, 1], [1, 0, 0]]), []
+    for garbage in (0.0, 1e3):
+        torch.manual_seed(0)
+        learner = make_learner(policy, mask.tolist())
+        with torch.no_grad():
+            if policy == "diffusion":
+                learner.policy.noisy_action[1, 1:] = garbage
+                learner.policy.velocity.bias[1, :, 1:] = garbage
+            else:
+                learner.policy.mean_and_log_std.bias[1, :, [1, 2, 4, 5]] = garbage
+            for critic in (learner.critic, learner.target_critic):
+                critic.actions[:, 4:] = garbage
+        torch.manual_seed(1)
+        batch = make_batch(learner)
+        metrics = [ddpl_mpe.update(learner, batch) for _ in range(3)]
+        actions = learner.policy.sample(torch.randn(2, 100, 4))
+        assert (actions[1, :, 1:] == 0).all() and (actions[0] != 0).any()
+        outcomes.append([actions, *(value for row in metrics for value in row.values())])
+    for clean, dirty in zip(*outcomes):
+        torch.testing.assert_close(clean, dirty)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_agents_do_not_share_weights(policy):
+    """A change of one agent's observation changes that agent's actions alone."""
+    learner, obs = make_learner(policy), torch.randn(3, 8, 4)
+    with torch.no_grad():
+        for parameter in learner.policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.manual_seed(1)
+    before = learner.policy.sample(obs)
+    obs[1] += 1
+    torch.manual_seed(1)
+    after = learner.policy.sample(obs)
+    assert (before[[0, 2]] == after[[0, 2]]).all() and (before[1] != after[1]).any()
+
+
+def test_temperature_moves_entropy_to_its_target():
+    learner = make_learner(target_entropy=-0.5)
+    before = learner.log_temperature.detach().clone()
+    ddpl_mpe.update_temperature(learner, torch.tensor([-2.0, -1.0, 0.0]))  # the target of two dimensions is -1
+    change = learner.log_temperature.detach() - before
+    assert change[0] > 0 and change[1] == 0 and change[2] < 0
+
+
+# ---- a single state and a known energy with two modes
+
+
+class TwoModes(nn.Module):
+    """Q of a joint action: the mean over agents of two equal bumps at +-0.7."""
+
+    def forward(self, obs, actions):
+        return torch.exp(-((actions[..., 0].abs() - 0.7) ** 2) / 0.05).mean(0).expand(2, -1)
+
+    @torch.no_grad()
+    def score(self, obs, actions, candidates):
+        return torch.exp(-((candidates[..., 0].abs() - 0.7) ** 2) / 0.05) / candidates.shape[0]
+
+
+def shares_of_modes(policy, num_updates=600):
+    """The share [2 modes, N agents] of a trained policy's actions within 0.3 of -0.7 and of +0.7."""
+    learner = make_learner(policy, mask=[[1.0], [1.0]], obs_size=1, init_temperature=0.1)
+    learner.critic, obs = TwoModes(), torch.ones(2, 64, 1)
+    for _ in range(num_updates):
+        learner.log_temperature.data.fill_(math.log(0.1))
+        if policy == "diffusion":
+            ddpl_mpe.update_diffusion(learner, obs, learner.policy.sample(obs))
+        else:
+            ddpl_mpe.update_gaussian(learner, obs)
+    actions = learner.policy.sample(torch.ones(2, 5000, 1))[..., 0]
+    return torch.stack([((actions - mode).abs() < 0.3).float().mean(1) for mode in (-0.7, 0.7)])
+
+
+def test_diffusion_keeps_both_modes_of_a_known_energy():
+    """Half of the mass at each mode, as the energy-based policy itself has it (by quadrature)."""
+    shares = shares_of_modes("diffusion")
+
+    def density(a):
+        return math.exp(math.exp(-((abs(a) - 0.7) ** 2) / 0.05) / 2 / 0.1)
+
+    exact = quad(density, 0.4, 1)[0] / (2 * quad(density, 0, 1)[0])
+    assert (shares - 0.5).abs().max() < 0.1
+    assert (shares - exact).abs().max() < 0.1
+
+
+def test_gaussian_does_not_keep_both_modes():
+    shares = shares_of_modes("gaussian")
+    assert (shares.min(0).values < 0.4).all()
+
+
+def test_update_reports_what_it_did():
+    learner = make_learner()
+    metrics = ddpl_mpe.update(learner, make_batch(learner))
+    assert all(value.shape == () and value.isfinite() for value in metrics.values())
+    assert 1 <= metrics["policy/effective_sample_size"] <= 16
