@@ -34,7 +34,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
+from gymnasium.spaces import Box
 from mpe2.all_modules import mpe_environments
+from pettingzoo import ParallelEnv
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -76,7 +78,7 @@ class Args:
     """Learning rate of the critics."""
     actor_lr: float = 3e-3
     """Learning rate of the policies."""
-    critic_hidden: int = 256
+    critic_hidden: int = 128
     """Width of the critics' two hidden layers."""
     actor_hidden: int = 128
     """Width of the policies' two hidden layers."""
@@ -96,6 +98,8 @@ class Args:
     """Uniform candidates per state and agent."""
     num_per_kernel: int = 6
     """Candidates per state, agent and kernel width."""
+    block_size: int = 3
+    """Dimensions of an agent's action to propose at a time; the rest keeps the policy's sample (a Gibbs step)."""
     sigmas: tuple[float, ...] = (0.1, 0.3)
     """Widths of the kernels around the policy's sample (actions span [-1, 1])."""
     num_noise_draws: int = 4
@@ -137,33 +141,37 @@ class RunError(Exception):
 # ---------------------------------------------------------------------------------------------------- environment
 
 
-def make_env(env_id: str, num_agents: int | None = None, render_mode: str | None = None):
-    """The mpe2 task as a PettingZoo parallel environment with continuous actions.
+def make_env(env_id: str, num_agents: int | None = None, render_mode: str | None = None) -> ParallelEnv:
+    """The mpe2 task `env_id` with continuous actions.
 
-    Raises RunError if the task is unknown, not cooperative, not continuous or has no choice of `num_agents`.
+    Raises RunError, naming the choices, unless it is a cooperative task with continuous actions; also if it has no choice
+    of `num_agents`.
     """
-    module = mpe_environments.get(f"mpe/{env_id}")
+    if f"mpe/{env_id}" not in mpe_environments:
+        raise RunError(f"--env-id: {env_id!r} is not a task of mpe2; choose from {', '.join(cooperative_tasks())}")
     options = {} if num_agents is None else {"N": num_agents}
     try:
-        env = module and module.parallel_env(continuous_actions=True, render_mode=render_mode, **options)
+        env = mpe_environments[f"mpe/{env_id}"].parallel_env(
+            continuous_actions=True, render_mode=render_mode, **options
+        )
     except TypeError:
-        raise RunError(f"--num-agents: the number of agents of {env_id} is fixed; drop the flag") from None
-    if not env or any(getattr(agent, "adversary", False) for agent in env.unwrapped.world.agents):
-        why = "has adversaries" if env else "is not in mpe2"
-        raise RunError(f"--env-id: {env_id!r} {why}; the cooperative tasks are {', '.join(cooperative_tasks())}")
-    if any(not hasattr(env.action_space(agent), "low") for agent in env.possible_agents):
-        raise RunError(f"--env-id: {env_id!r} has discrete actions; DDPL needs continuous ones (Box)")
+        raise RunError(f"--num-agents: {env_id} has a fixed number of agents; drop the flag") from None
+    if why := unfit(env):
+        raise RunError(f"--env-id: {env_id!r} has {why}; choose from {', '.join(cooperative_tasks())}")
     return env
 
 
+def unfit(env: ParallelEnv) -> str | None:
+    """Why DDPL cannot learn this task, or None."""
+    if any(getattr(agent, "adversary", False) for agent in env.unwrapped.world.agents):
+        return "adversaries"
+    return None if all(isinstance(env.action_space(agent), Box) for agent in env.possible_agents) else "discrete actions"
+
+
 def cooperative_tasks() -> list[str]:
-    """The mpe2 tasks without adversaries, asked of the installed package."""
-    worlds = {name: module.parallel_env().unwrapped.world for name, module in mpe_environments.items()}
-    return [
-        name.removeprefix("mpe/")
-        for name, world in worlds.items()
-        if not any(getattr(agent, "adversary", False) for agent in world.agents)
-    ]
+    """The tasks that fit, asked of the installed mpe2."""
+    tasks = {name.removeprefix("mpe/"): module for name, module in mpe_environments.items()}
+    return [name for name, module in tasks.items() if not unfit(module.parallel_env(continuous_actions=True))]
 
 
 class VectorMPE:
@@ -439,17 +447,24 @@ def propose_actions(
     return candidates, (torch.cat([log_uniform, log_kernels]) + log_shares).logsumexp(0)
 
 
+def random_blocks(mask: Tensor, block_size: int) -> Tensor:
+    """[N, D] float: 1 for `block_size` random dimensions of each agent among those that mask [N, D] marks (or all)."""
+    rank = (mask + torch.rand_like(mask)).argsort(-1, descending=True).argsort(-1)
+    return mask * (rank < block_size)
+
+
 def issm_weights(q: Tensor, log_q: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Self-normalised importance weights [N, M, B] of candidates for the energy-based policy exp(q / temperature) / Z.
 
     q [N, M, B] is the energy and log_q [N, M, B] the candidates' log-density, temperature is [N].
     Also returns the estimates [N, B] of log Z and of the policy's entropy, log Z - E[q / temperature], in nats.
     """
-    energy = q / temperature[:, None, None]
+    energy = (q - q.amax(1, keepdim=True)) / temperature[:, None, None]  # differences survive a low temperature
     log_weights = energy - log_q
     weights = log_weights.softmax(1)
     log_z = log_weights.logsumexp(1) - math.log(q.shape[1])
-    return weights, log_z, log_z - (weights * energy).sum(1)
+    entropy = log_z - (weights * energy).sum(1)
+    return weights, log_z + q.amax(1) / temperature[:, None], entropy
 
 
 def issm_target(x_t: Tensor, alpha_bar: Tensor, candidates: Tensor, weights: Tensor) -> Tensor:
@@ -485,7 +500,6 @@ class Learner:
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True)
         self.temperature_optimizer = torch.optim.Adam([self.log_temperature], args.temperature_lr, fused=True)
         self.args, self.mask, self.sigmas = args, mask, torch.tensor(args.sigmas)
-        self.target_entropy = args.target_entropy * mask.sum(-1)  # [N]
 
     def modules(self) -> dict:
         """Everything with a state_dict, by name."""
@@ -540,16 +554,23 @@ def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str
     args, mask, sigmas = learner.args, learner.mask, learner.sigmas.view(-1, 1, 1, 1)
     temperature = learner.log_temperature.detach().exp()
 
-    # 1. Propose. Each kernel moves one Langevin step uphill, but no further than its own width.
+    # 1. Propose, a block of dimensions around the policy's own action (all of them, if it has few). Each kernel moves
+    # one Langevin step uphill, but no further than its own width.
+    block = random_blocks(mask, args.block_size)
     joint = actions.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(learner.critic(obs, joint)[0].sum(), joint)
-    drift = sigmas**2 / 2 * gradient * mask[:, None] / temperature[:, None, None]  # [J, N, B, D]
+    drift = sigmas**2 / 2 * gradient * block[:, None] / temperature[:, None, None]  # [J, N, B, D]
     drift = drift * (sigmas / drift.norm(dim=-1, keepdim=True).clamp(min=1e-8)).clamp(max=1)
-    candidates, log_q = propose_actions(actions, drift, learner.sigmas, args.num_uniform, args.num_per_kernel, mask)
+    candidates, log_q = propose_actions(actions, drift, learner.sigmas, args.num_uniform, args.num_per_kernel, block)
+    candidates = candidates + (actions * (1 - block[:, None]))[:, None]
 
-    # 2. Weigh.
+    # 2. Weigh. Where fewer than two candidates count, the entropy estimate stops falling with the temperature, so there
+    # the temperature rises whatever the estimate says.
     q = learner.critic.score(obs, actions, candidates)
     weights, _, entropy = issm_weights(q, log_q, temperature)
+    sample_size = (1 / weights.square().sum(1)).mean(1)  # [N]
+    excess = entropy.mean(1) - args.target_entropy * block.sum(-1)
+    metrics = update_temperature(learner, torch.where(sample_size < 2, sample_size - 2, excess))
 
     # 3. Match: noisy points around resampled candidates, each with its exact denoiser as the target.
     with torch.no_grad():
@@ -567,9 +588,8 @@ def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str
     prediction = learner.policy(features + step @ learner.policy.step, x_t.flatten(1, 2))
     loss = (prediction - velocity.flatten(1, 2)).square().mean()
     take_step(learner.policy_optimizer, loss)
-    metrics = update_temperature(learner, entropy.mean(1))
-    sample_size = 1 / weights.square().sum(1)
-    return metrics | {"losses/actor": loss.detach(), "policy/effective_sample_size": sample_size.mean()}
+    metrics |= {"losses/actor": loss.detach(), "policy/effective_sample_size": sample_size.mean()}
+    return metrics | {"policy/entropy": entropy.mean()}
 
 
 def update_gaussian(learner: Learner, obs: Tensor) -> dict[str, Tensor]:
@@ -581,13 +601,15 @@ def update_gaussian(learner: Learner, obs: Tensor) -> dict[str, Tensor]:
     actions, log_prob = learner.policy.rsample(obs)
     loss = ((temperature[:, None] * log_prob).sum(0) - learner.critic(obs, actions)[0]).mean()
     take_step(learner.policy_optimizer, loss)
-    return update_temperature(learner, -log_prob.detach().mean(1)) | {"losses/actor": loss.detach()}
+    entropy = -log_prob.detach().mean(1)
+    metrics = update_temperature(learner, entropy - learner.args.target_entropy * learner.mask.sum(-1))
+    return metrics | {"losses/actor": loss.detach(), "policy/entropy": entropy.mean()}
 
 
-def update_temperature(learner: Learner, entropy: Tensor) -> dict[str, Tensor]:
-    """Raise the temperature of an agent whose entropy [N] is below its target and lower it where it is above."""
-    take_step(learner.temperature_optimizer, (learner.log_temperature * (entropy - learner.target_entropy)).sum())
-    return {"policy/temperature": learner.log_temperature.detach().exp().mean(), "policy/entropy": entropy.mean()}
+def update_temperature(learner: Learner, excess: Tensor) -> dict[str, Tensor]:
+    """Lower the temperature of an agent whose entropy exceeds its target, by excess [N], and raise it where it is short."""
+    take_step(learner.temperature_optimizer, (learner.log_temperature * excess).sum())
+    return {"policy/temperature": learner.log_temperature.detach().exp().mean()}
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -662,9 +684,9 @@ def check_args(args: Args) -> None:
     for name, smallest in (
         dict.fromkeys(("seed", "learning_starts", "num_uniform"), 0)
         | dict.fromkeys(("num_envs", "total_timesteps", "steps_per_update", "batch_size", "actor_batch_size"), 1)
-        | dict.fromkeys(("critic_hidden", "actor_hidden", "denoising_steps", "num_per_kernel", "num_noise_draws"), 1)
+        | dict.fromkeys(("critic_hidden", "actor_hidden", "denoising_steps", "num_per_kernel", "block_size"), 1)
         | dict.fromkeys(("eval_interval", "eval_episodes", "final_eval_episodes", "log_interval"), 1)
-        | dict.fromkeys(("checkpoint_interval", "num_threads"), 1)
+        | dict.fromkeys(("checkpoint_interval", "num_threads", "num_noise_draws"), 1)
     ).items():
         require(name, getattr(args, name) >= smallest, f"a whole number of at least {smallest}")
     require("num_agents", args.num_agents is None or args.num_agents >= 1, "a whole number of at least 1")
@@ -757,12 +779,12 @@ def train(args: Args) -> dict:
     sizes, mask = (env.num_agents, env.obs_size, env.action_size), env.action_mask()
     learner = Learner(args, *sizes, mask)
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), *sizes)
-    global_step, episode, updates, seconds, rows = 0, 0, 0, 0.0, []
+    global_step, episode, updates, seconds, episode_return, rows = 0, 0, 0, 0.0, math.nan, []
     if checkpoint:
         learner.load_state_dict(checkpoint["learner"])
         buffer.load_state_dict(checkpoint["buffer"])
         torch.set_rng_state(checkpoint["rng"])
-        global_step, episode, updates, seconds, rows = checkpoint["progress"]
+        global_step, episode, updates, seconds, episode_return, rows = checkpoint["progress"]
     else:
         run_dir = Path("runs") / f"{SCRIPT}__{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         run_dir.mkdir(parents=True)
@@ -776,7 +798,7 @@ def train(args: Args) -> dict:
 
     def save() -> None:
         check_finite(learner.named_parameters(), global_step)
-        counters = [global_step, episode, updates, seconds + time.monotonic() - started, rows]
+        counters = [global_step, episode, updates, seconds + time.monotonic() - started, episode_return, rows]
         states = {"learner": learner.state_dict(), "buffer": buffer.state_dict(), "rng": torch.get_rng_state()}
         save_checkpoint(run_dir, {"script": SCRIPT, "args": run_arguments(args), "progress": counters, **states})
 
@@ -820,7 +842,7 @@ def train(args: Args) -> dict:
         # Log.
         progress.update(args.num_envs)
         if (terminated | truncated).all():
-            obs, episode_return = None, returns.mean()
+            obs, episode_return = None, float(returns.mean())
         if updates and global_step // args.log_interval > previous_step // args.log_interval:
             check_finite(metrics.items(), global_step)
             with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,244 @@
+"""Run folders of ddpl_mpe.py: kill and resume, evaluate, videos, and one clear sentence for every bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ddpl_mpe
+from ddpl_mpe import Args, VectorMPE, main, train
+
+SCRIPT = Path(ddpl_mpe.__file__)
+SMALL = dict(total_timesteps=2_000, learning_starts=200, eval_interval=500, eval_episodes=2, final_eval_episodes=3)
+SMALL |= dict(log_interval=100, checkpoint_interval=400, critic_hidden=32, actor_hidden=16, batch_size=32)
+
+
+def command(**options):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return [sys.executable, str(SCRIPT), *flags]
+
+
+def error_of(**options):
+    """The one line that ends the script with this input."""
+    with pytest.raises(SystemExit) as stopped:
+        main(Args(**options))
+    message = str(stopped.value.code)
+    assert message.startswith("ddpl_mpe.py: error: ") and "\n" not in message
+    return message
+
+
+def global_step(path):
+    return torch.load(path, weights_only=True)["progress"][0]
+
+
+def evaluations(run_dir):
+    rows = list(csv.DictReader(open(Path(run_dir) / "evaluations.csv")))
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    subprocess.run(command(**SMALL), cwd=folder, check=True, capture_output=True)
+    return next(folder.glob("runs/*"))
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_killed_and_resumed_equals_never_killed(policy):
+    """SIGKILL in the middle, twice; the resumed run ends with the same learner, replay and evaluations, bit for bit."""
+    whole = Path(train(Args(**SMALL, policy=policy))["run_dir"])
+    process = subprocess.Popen(command(**SMALL, policy=policy))
+    wait_for(process, lambda: len(list(Path("runs").iterdir())) == 2)
+    (run_dir,) = set(Path("runs").iterdir()) - {whole}
+    for reached in (400, 1200):
+        checkpoint = run_dir / "checkpoint.pt"
+        wait_for(process, lambda: checkpoint.exists() and global_step(checkpoint) >= reached)  # noqa: B023
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run_dir / "result.json").exists()
+        process = subprocess.Popen(command(resume=run_dir))
+    assert process.wait() == 0
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, whole))
+    for key in ("learner", "buffer", "rng"):
+        assert_equal(ours[key], theirs[key])
+    assert evaluations(run_dir) == evaluations(whole)
+    results = [json.loads((folder / "result.json").read_text())["episodic_returns"] for folder in (run_dir, whole)]
+    assert results[0] == results[1]
+
+
+def wait_for(process, condition):
+    """Wait until the running process has done something."""
+    while not condition():
+        assert process.poll() is None, "the process ended before"
+        time.sleep(0.02)
+
+
+def assert_equal(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_resuming_a_finished_run_repeats_its_result(finished):
+    before = json.loads((finished / "result.json").read_text())
+    result = train(Args(resume=str(finished)))
+    assert result["episodic_returns"] == before["episodic_returns"] and result["global_step"] == 2_000
+    assert len(evaluations(finished)) == 8
+
+
+def test_evaluate_prints_returns_and_films(finished):
+    done = subprocess.run([*command(evaluate=finished), "--capture-video"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "stochastic" in done.stdout and "deterministic" in done.stdout and "3 episodes" in done.stdout
+    for mode in ("stochastic", "deterministic"):
+        assert (finished / f"{mode}.gif").read_bytes()[:3] == b"GIF"
+
+
+# ---- bad input
+
+
+def test_unknown_task_names_the_cooperative_ones():
+    message = error_of(env_id="simple_spred_v3")
+    assert "--env-id" in message
+    for task in ("simple_spread_v3", "simple_reference_v3", "simple_speaker_listener_v4"):
+        assert task in message
+    assert "simple_tag_v3" not in message and not Path("runs").exists()
+
+
+def test_competitive_task():
+    message = error_of(env_id="simple_tag_v3")
+    assert "adversaries" in message and "simple_spread_v3" in message
+
+
+def test_discrete_task(monkeypatch):
+    module = ddpl_mpe.mpe_environments["mpe/simple_spread_v3"]
+
+    class DiscreteOnly:
+        @staticmethod
+        def parallel_env(continuous_actions=False, **options):
+            return module.parallel_env(continuous_actions=False, **options)
+
+    monkeypatch.setitem(ddpl_mpe.mpe_environments, "mpe/discrete_v0", DiscreteOnly)
+    message = error_of(env_id="discrete_v0")
+    assert "discrete" in message and "simple_spread_v3" in message
+
+
+def test_number_of_agents_where_the_task_fixes_it():
+    assert "--num-agents" in error_of(env_id="simple_reference_v3", num_agents=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_envs=0),
+        dict(num_agents=-1),
+        dict(total_timesteps=-5),
+        dict(batch_size=0),
+        dict(actor_hidden=0),
+        dict(seed=-1),
+        dict(gamma=1.5),
+        dict(tau=0.0),
+        dict(critic_lr=float("nan")),
+        dict(init_temperature=0.0),
+        dict(target_entropy=1.0),
+        dict(sigmas=()),
+        dict(sigmas=(0.1, -0.1)),
+        dict(checkpoint_interval=0),
+        dict(buffer_size=3),
+    ],
+    ids=str,
+)
+def test_invalid_numbers(options):
+    (name,) = options
+    message = error_of(**options)
+    assert f"--{name.replace('_', '-')}" in message and "must be" in message and not Path("runs").exists()
+
+
+def test_invalid_choice_lists_the_choices():
+    done = subprocess.run(command(policy="gausian"), capture_output=True, text=True)
+    assert done.returncode != 0 and "diffusion" in done.stderr and "gaussian" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+def test_missing_run_folder(flag, finished, monkeypatch):
+    monkeypatch.chdir(finished.parent.parent)
+    message = error_of(**{flag: "runs/nothing_here"})
+    assert f"--{flag}" in message and "nothing_here" in message and finished.name in message
+
+
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+def test_damaged_checkpoint_is_left_as_it_is(flag, finished, tmp_path):
+    half = (finished / "checkpoint.pt").read_bytes()[:5000]
+    (tmp_path / "checkpoint.pt").write_bytes(half)
+    assert "damaged" in error_of(**{flag: str(tmp_path)})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == half
+
+
+def test_checkpoint_of_another_task(finished):
+    before = (finished / "checkpoint.pt").read_bytes()
+    message = error_of(resume=str(finished), env_id="simple_reference_v3")
+    assert "--env-id simple_spread_v3" in message and "simple_reference_v3" in message
+    assert (finished / "checkpoint.pt").read_bytes() == before
+
+
+def test_checkpoint_of_another_script(finished, tmp_path):
+    contents = torch.load(finished / "checkpoint.pt", weights_only=True)
+    torch.save(contents | {"script": "qvpo"}, tmp_path / "checkpoint.pt")
+    assert "qvpo.py" in error_of(resume=str(tmp_path))
+
+
+def test_nan_reward_stops_and_keeps_the_checkpoint(monkeypatch):
+    step, calls = VectorMPE.step, []
+
+    def poisoned(self, actions):
+        obs, reward, terminated, truncated = step(self, actions)
+        calls.append(self)
+        return obs, reward * (np.nan if len(calls) == 100 else 1), terminated, truncated
+
+    monkeypatch.setattr(VectorMPE, "step", poisoned)
+    message = error_of(**SMALL | dict(eval_interval=10_000))
+    assert "reward is NaN or infinite at step 800" in message
+    (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
+    assert global_step(checkpoint) == 400
+    monkeypatch.undo()
+    assert train(Args(resume=str(checkpoint.parent)))["global_step"] == 2_000
+
+
+def test_nan_weights_are_never_saved(monkeypatch):
+    save_checkpoint = ddpl_mpe.save_checkpoint
+
+    def poisoned(learner, batch):
+        with torch.no_grad():
+            learner.critic.hidden.weight[0, 0, 0] = float("nan")
+        return {}
+
+    monkeypatch.setattr(ddpl_mpe, "update", poisoned)
+    assert "critic.hidden.weight is NaN or infinite" in error_of(**SMALL | dict(log_interval=10_000))
+    assert ddpl_mpe.save_checkpoint is save_checkpoint
+    (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
+    assert torch.load(checkpoint, weights_only=True)["learner"]["critic"]["hidden.weight"].isfinite().all()
+
+
+def test_track_without_wandb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in error_of(**SMALL, track=True)
+
+
+def test_exit_code_and_standard_error():
+    done = subprocess.run(command(num_envs=-1), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--num-envs" in done.stderr
