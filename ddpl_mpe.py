@@ -106,7 +106,7 @@ class Args:
     """R, noisy points that the denoiser learns from per state and agent."""
 
     # Run
-    eval_interval: int = 5_000
+    eval_interval: int = 10_000
     """Environment steps between evaluations."""
     eval_episodes: int = 40
     """Episodes of each evaluation, once with sampled and once with deterministic actions."""
@@ -144,8 +144,8 @@ class RunError(Exception):
 def make_env(env_id: str, num_agents: int | None = None, render_mode: str | None = None) -> ParallelEnv:
     """The mpe2 task `env_id` with continuous actions.
 
-    Raises RunError, naming the choices, unless it is a cooperative task with continuous actions; also if it has no choice
-    of `num_agents`.
+    Raises RunError, naming the choices, unless it is a cooperative task with continuous actions, and if it does not
+    let you choose `num_agents`.
     """
     if f"mpe/{env_id}" not in mpe_environments:
         raise RunError(f"--env-id: {env_id!r} is not a task of mpe2; choose from {', '.join(cooperative_tasks())}")
@@ -165,7 +165,9 @@ def unfit(env: ParallelEnv) -> str | None:
     """Why DDPL cannot learn this task, or None."""
     if any(getattr(agent, "adversary", False) for agent in env.unwrapped.world.agents):
         return "adversaries"
-    return None if all(isinstance(env.action_space(agent), Box) for agent in env.possible_agents) else "discrete actions"
+    if not all(isinstance(env.action_space(agent), Box) for agent in env.possible_agents):
+        return "discrete actions"
+    return None
 
 
 def cooperative_tasks() -> list[str]:
@@ -268,7 +270,7 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("mask", mask[:, None], persistent=False)  # [N, 1, D]
 
     def forward(self, context: Tensor, x_t: Tensor) -> Tensor:
-        """v [N, B, D] from noisy actions [N, B, D]; context [N, B, H] is the first layer's share of (observation, t)."""
+        """v [N, B, D] of noisy actions [N, B, D]; context [N, B, H] is the first layer's sum over (observation, t)."""
         hidden = F.silu(torch.baddbmm(context, x_t, self.noisy_action))
         return self.velocity(F.silu(self.hidden(hidden))) * self.mask
 
@@ -336,14 +338,15 @@ class TwinCritic(nn.Module):
 
     @torch.no_grad()
     def score(self, obs: Tensor, actions: Tensor, candidates: Tensor) -> Tensor:
-        """Q1 [N, M, B] where agent i plays each of its candidates [N, M, B, D], the others their joint action [N, B, D].
+        """Q1 [N, M, B] where agent i plays each of its candidates [N, M, B, D] and the others their actions [N, B, D].
 
-        The candidates of a state share the first layer but for the agent's own action, so that it costs next to nothing.
+        The candidates of a state share the first layer but for the agent's own action, so it costs next to nothing.
         """
         num_agents, num_candidates, batch_size, action_size = candidates.shape
         state, joint = (x.transpose(0, 1).flatten(1) for x in (obs, actions))
         own = self.actions[0].view(num_agents, action_size, -1)  # the columns of each agent's own action
-        shared = state @ self.state.weight[0] + self.state.bias[0] + joint @ self.actions[0] - actions @ own  # [N, B, H]
+        shared = torch.addmm(self.state.bias[0], state, self.state.weight[0])  # [B, H]
+        shared = shared + joint @ self.actions[0] - actions @ own  # [N, B, H]
         hidden = (candidates.flatten(1, 2) @ own).view(num_agents, num_candidates, batch_size, -1)
         hidden = hidden.add_(shared[:, None]).relu_().flatten(0, 2)
         hidden = torch.addmm(self.hidden.bias[0], hidden, self.hidden.weight[0]).relu_()
@@ -589,7 +592,7 @@ def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str
     loss = (prediction - velocity.flatten(1, 2)).square().mean()
     take_step(learner.policy_optimizer, loss)
     metrics |= {"losses/actor": loss.detach(), "policy/effective_sample_size": sample_size.mean()}
-    return metrics | {"policy/entropy": entropy.mean()}
+    return metrics | {"policy/entropy": (entropy.mean(1) / block.sum(-1)).mean()}
 
 
 def update_gaussian(learner: Learner, obs: Tensor) -> dict[str, Tensor]:
@@ -602,12 +605,13 @@ def update_gaussian(learner: Learner, obs: Tensor) -> dict[str, Tensor]:
     loss = ((temperature[:, None] * log_prob).sum(0) - learner.critic(obs, actions)[0]).mean()
     take_step(learner.policy_optimizer, loss)
     entropy = -log_prob.detach().mean(1)
-    metrics = update_temperature(learner, entropy - learner.args.target_entropy * learner.mask.sum(-1))
-    return metrics | {"losses/actor": loss.detach(), "policy/entropy": entropy.mean()}
+    num_dimensions = learner.mask.sum(-1)
+    metrics = update_temperature(learner, entropy - learner.args.target_entropy * num_dimensions)
+    return metrics | {"losses/actor": loss.detach(), "policy/entropy": (entropy / num_dimensions).mean()}
 
 
 def update_temperature(learner: Learner, excess: Tensor) -> dict[str, Tensor]:
-    """Lower the temperature of an agent whose entropy exceeds its target, by excess [N], and raise it where it is short."""
+    """Lower the temperature of an agent whose entropy exceeds its target, by excess [N]; raise it where that is < 0."""
     take_step(learner.temperature_optimizer, (learner.log_temperature * excess).sum())
     return {"policy/temperature": learner.log_temperature.detach().exp().mean()}
 
@@ -703,7 +707,7 @@ def check_finite(named_values: Iterable[tuple[str, Tensor]], global_step: int) -
     """Stop the run if a value is NaN or infinite. Called before every checkpoint, so that no checkpoint holds one."""
     for name, value in named_values:
         if not value.isfinite().all():
-            raise RunError(f"{name} is NaN or infinite at step {global_step}; the last checkpoint, from before, is intact")
+            raise RunError(f"{name} is NaN or infinite at step {global_step}; the last checkpoint is from before")
 
 
 def run_arguments(args: Args) -> dict:
@@ -812,7 +816,10 @@ def train(args: Args) -> dict:
         write_evaluations(run_dir, rows)
         return returns
 
-    obs = None
+    def due(interval: int) -> bool:
+        return global_step // interval > previous_step // interval
+
+    obs, metrics = None, {}
     while global_step < args.total_timesteps:
         if obs is None:  # all copies are between episodes: the environments have no state that a checkpoint would miss
             if global_step - last_checkpoint >= args.checkpoint_interval:
@@ -843,16 +850,17 @@ def train(args: Args) -> dict:
         progress.update(args.num_envs)
         if (terminated | truncated).all():
             obs, episode_return = None, float(returns.mean())
-        if updates and global_step // args.log_interval > previous_step // args.log_interval:
+        if due(args.log_interval) and metrics:
             check_finite(metrics.items(), global_step)
             with torch.random.fork_rng(devices=[]):
                 metrics["policy/spread"] = policy_spread(learner, buffer.sample(64).obs)
+            metrics["policy/target_entropy"] = args.target_entropy
             metrics["steps_per_second"] = (global_step - first_step) / (time.monotonic() - started)
             metrics["returns/training"] = episode_return
             for name, value in metrics.items():
                 writer.add_scalar(name, float(value), global_step)
             progress.set_postfix({"return": f"{episode_return:.2f}", "temp": f"{metrics['policy/temperature']:.4f}"})
-        if global_step // args.eval_interval > previous_step // args.eval_interval and global_step < args.total_timesteps:
+        if due(args.eval_interval) and global_step < args.total_timesteps:
             log_evaluation(args.eval_episodes)
 
     save()

@@ -128,8 +128,9 @@ def denoiser_error(means, variance, num_candidates, repeats=400):
     components = torch.stack([torch.distributions.Normal(m, variance**0.5).log_prob(candidates[..., 0]) for m in means])
     weights, _, _ = issm_weights(components.logsumexp(0), log_q, torch.ones(1))
     alpha_bar = torch.tensor([0.9, 0.5, 0.1])[None, :, None].expand(1, 3, repeats)
-    source = torch.tensor(means)[torch.randint(len(means), (1, 3, repeats))] + variance**0.5 * torch.randn(1, 3, repeats)
-    x_t = alpha_bar.sqrt() * source + (1 - alpha_bar).sqrt() * torch.randn(1, 3, repeats)
+    mode = torch.tensor(means)[torch.randint(len(means), (1, 3, repeats))]
+    spread = (alpha_bar * variance + 1 - alpha_bar).sqrt()
+    x_t = alpha_bar.sqrt() * mode + spread * torch.randn(1, 3, repeats)
     estimate = issm_target(x_t[..., None], alpha_bar, candidates, weights)[..., 0]
     return (estimate - mixture_denoiser(x_t, alpha_bar, means, variance)).square().mean().sqrt().item()
 
