@@ -119,7 +119,7 @@ class Args:
     num_threads: int = 1
     """Threads of PyTorch; networks this small gain little from more."""
     capture_video: bool = False
-    """Write a GIF of the evaluated team to RUN_DIR/videos."""
+    """Write a GIF of the trained team to its run folder (with --evaluate: of both ways to play)."""
     track: bool = False
     """Mirror the TensorBoard scalars to Weights & Biases (needs `pip install wandb`)."""
     wandb_project_name: str = "diffusion-marl"
@@ -487,10 +487,11 @@ def issm_target(x_t: Tensor, alpha_bar: Tensor, candidates: Tensor, weights: Ten
 # -------------------------------------------------------------------------------------------------------- learner
 
 
-class Learner:
-    """What training changes: policies, critics, their optimisers and the temperatures."""
+class Learner(nn.Module):
+    """What training changes: policies, critics, temperatures and their optimisers."""
 
     def __init__(self, args: Args, num_agents: int, obs_size: int, action_size: int, mask: Tensor):
+        super().__init__()
         sizes = num_agents, obs_size, action_size
         if args.policy == "diffusion":
             self.policy = DiffusionPolicy(*sizes, args.actor_hidden, args.denoising_steps, mask)
@@ -498,31 +499,14 @@ class Learner:
             self.policy = GaussianPolicy(*sizes, args.actor_hidden, mask)
         self.critic, self.target_critic = (TwinCritic(*sizes, args.critic_hidden) for _ in range(2))
         self.target_critic.load_state_dict(self.critic.state_dict())
-        self.log_temperature = torch.full((num_agents,), math.log(args.init_temperature), requires_grad=True)
+        self.log_temperature = nn.Parameter(torch.full((num_agents,), math.log(args.init_temperature)))
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True)
         self.temperature_optimizer = torch.optim.Adam([self.log_temperature], args.temperature_lr, fused=True)
         self.args, self.mask, self.sigmas = args, mask, torch.tensor(args.sigmas)
 
-    def modules(self) -> dict:
-        """Everything with a state_dict, by name."""
-        return {name: value for name, value in vars(self).items() if hasattr(value, "state_dict")}
-
-    def state_dict(self) -> dict:
-        states = {name: module.state_dict() for name, module in self.modules().items()}
-        return states | {"log_temperature": self.log_temperature.detach().clone()}
-
-    def named_parameters(self) -> list[tuple[str, Tensor]]:
-        """Every learned tensor, by name."""
-        networks = {"policy": self.policy, "critic": self.critic}
-        named = [(f"{n}.{k}", v) for n, network in networks.items() for k, v in network.named_parameters()]
-        return [*named, ("log_temperature", self.log_temperature)]
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, module in self.modules().items():
-            module.load_state_dict(state[name])
-        with torch.no_grad():
-            self.log_temperature.copy_(state["log_temperature"])
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.policy_optimizer, self.critic_optimizer, self.temperature_optimizer]
 
 
 def update(learner: Learner, batch: Batch) -> dict[str, Tensor]:
@@ -658,21 +642,8 @@ def evaluate(
     if video:
         import imageio
 
-        video.parent.mkdir(exist_ok=True)
         imageio.mimsave(video, [frame for film in films for frame in film], duration=100, loop=0)
     return np.concatenate(waves)[:episodes]
-
-
-def evaluation_row(returns: np.ndarray, global_step: int, seconds: float, deterministic: bool) -> dict:
-    """A row of evaluations.csv."""
-    return {
-        "global_step": global_step,
-        "seconds": round(seconds, 1),
-        "deterministic": int(deterministic),
-        "return_mean": float(returns.mean()),
-        "return_std": float(returns.std()),
-        "episodes": len(returns),
-    }
 
 
 # ------------------------------------------------------------------------------------------------- files of a run
@@ -685,15 +656,10 @@ def check_args(args: Args) -> None:
         if not valid:
             raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not valid; it must be {choices}")
 
-    for name, smallest in (
-        dict.fromkeys(("seed", "learning_starts", "num_uniform"), 0)
-        | dict.fromkeys(("num_envs", "total_timesteps", "steps_per_update", "batch_size", "actor_batch_size"), 1)
-        | dict.fromkeys(("critic_hidden", "actor_hidden", "denoising_steps", "num_per_kernel", "block_size"), 1)
-        | dict.fromkeys(("eval_interval", "eval_episodes", "final_eval_episodes", "log_interval"), 1)
-        | dict.fromkeys(("checkpoint_interval", "num_threads", "num_noise_draws"), 1)
-    ).items():
-        require(name, getattr(args, name) >= smallest, f"a whole number of at least {smallest}")
-    require("num_agents", args.num_agents is None or args.num_agents >= 1, "a whole number of at least 1")
+    for field in fields(args):
+        smallest, value = int(field.name not in ("seed", "learning_starts", "num_uniform")), getattr(args, field.name)
+        if field.type in (int, int | None) and value is not None:
+            require(field.name, value >= smallest, f"a whole number of at least {smallest}")
     require("buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")
     for name in ("critic_lr", "actor_lr", "temperature_lr", "init_temperature"):
         require(name, 0 < getattr(args, name) < math.inf, "a number above 0")
@@ -786,6 +752,8 @@ def train(args: Args) -> dict:
     global_step, episode, updates, seconds, episode_return, rows = 0, 0, 0, 0.0, math.nan, []
     if checkpoint:
         learner.load_state_dict(checkpoint["learner"])
+        for optimizer, state in zip(learner.optimizers(), checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         buffer.load_state_dict(checkpoint["buffer"])
         torch.set_rng_state(checkpoint["rng"])
         global_step, episode, updates, seconds, episode_return, rows = checkpoint["progress"]
@@ -802,19 +770,29 @@ def train(args: Args) -> dict:
 
     def save() -> None:
         check_finite(learner.named_parameters(), global_step)
-        counters = [global_step, episode, updates, seconds + time.monotonic() - started, episode_return, rows]
-        states = {"learner": learner.state_dict(), "buffer": buffer.state_dict(), "rng": torch.get_rng_state()}
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": run_arguments(args), "progress": counters, **states})
+        contents = {
+            "script": SCRIPT,
+            "args": run_arguments(args),
+            "progress": [global_step, episode, updates, seconds + time.monotonic() - started, episode_return, rows],
+            "learner": learner.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers()],
+            "buffer": buffer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        save_checkpoint(run_dir, contents)
 
     def log_evaluation(episodes: int, video: Path | None = None) -> np.ndarray:
-        for mode in ("stochastic", "deterministic"):  # the second is the one filmed and returned
-            returns = evaluate(learner.policy, args, episodes, mode == "deterministic", global_step, video)
+        for mode in ("stochastic", "deterministic"):
+            deterministic = mode == "deterministic"
+            returns = evaluate(
+                learner.policy, args, episodes, deterministic, global_step, video if deterministic else None
+            )
             time_taken = round(seconds + time.monotonic() - started, 1)
             mean, std = float(returns.mean()), float(returns.std())
             rows.append(dict(zip(EVALUATION_COLUMNS, (global_step, time_taken, mode, mean, std, episodes))))
             writer.add_scalar(f"returns/{mode}", mean, global_step)
         write_evaluations(run_dir, rows)
-        return returns
+        return returns  # of the deterministic policy
 
     def due(interval: int) -> bool:
         return global_step // interval > previous_step // interval

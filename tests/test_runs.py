@@ -68,7 +68,7 @@ def test_killed_and_resumed_equals_never_killed(policy):
         process = subprocess.Popen(command(resume=run_dir))
     assert process.wait() == 0
     ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, whole))
-    for key in ("learner", "buffer", "rng"):
+    for key in ("learner", "optimizers", "buffer", "rng"):
         assert_equal(ours[key], theirs[key])
     assert evaluations(run_dir) == evaluations(whole)
     results = [json.loads((folder / "result.json").read_text())["episodic_returns"] for folder in (run_dir, whole)]
@@ -231,7 +231,7 @@ def test_nan_weights_are_never_saved(monkeypatch):
     assert "critic.hidden.weight is NaN or infinite" in error_of(**SMALL | dict(log_interval=10_000))
     assert ddpl_mpe.save_checkpoint is save_checkpoint
     (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
-    assert torch.load(checkpoint, weights_only=True)["learner"]["critic"]["hidden.weight"].isfinite().all()
+    assert torch.load(checkpoint, weights_only=True)["learner"]["critic.hidden.weight"].isfinite().all()
 
 
 def test_track_without_wandb(monkeypatch):
