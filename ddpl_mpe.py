@@ -282,7 +282,7 @@ class DiffusionPolicy(nn.Module):
         """
         noise_scale = 0.0 if deterministic else 1.0
         features = self.observation(obs)  # the same at every step, so computed once
-        x_t = noise_scale * torch.randn(*obs.shape[:2], self.mask.shape[-1]) * self.mask
+        x_t = noise_scale * torch.randn(*obs.shape[:2], self.mask.shape[-1], device=obs.device) * self.mask
         for t in range(len(self.alphas_bar) - 1, 0, -1):
             mean, std = denoise_step(x_t, self(features + self.step[:, t, None], x_t), t, self.alphas_bar)
             x_t = mean + noise_scale * std * torch.randn_like(mean) * self.mask
@@ -430,12 +430,14 @@ def propose_actions(
     mask [N, D] marks real dimensions; the others stay 0 and add nothing to the density.
     """
     num_agents, batch_size, size = anchor.shape
-    mask = torch.ones(num_agents, 1, 1, size) if mask is None else mask[:, None, None]
+    device = anchor.device
+    mask = torch.ones(num_agents, 1, 1, size, device=device) if mask is None else mask[:, None, None]
     width = sigmas.view(-1, 1, 1, 1, 1)
     centre = (anchor + drift).clamp(-1, 1)[:, :, None]  # [J, N, 1, B, D]
 
-    uniform = 2 * torch.rand(num_agents, num_uniform, batch_size, size) - 1
-    kernel = centre + width * torch.randn(len(sigmas), num_agents, num_per_kernel, batch_size, size)
+    uniform = 2 * torch.rand(num_agents, num_uniform, batch_size, size, device=device) - 1
+    noise = torch.randn(len(sigmas), num_agents, num_per_kernel, batch_size, size, device=device)
+    kernel = centre + width * noise
     kernel = kernel - 2 * (kernel - 1).clamp(min=0) - 2 * (kernel + 1).clamp(max=0)  # beyond a face: mirrored back
     kernel = kernel.clamp(-1, 1).transpose(0, 1).flatten(1, 2)  # beyond both faces: as good as never
     candidates = torch.cat([uniform, kernel], dim=1) * mask
@@ -445,7 +447,7 @@ def propose_actions(
     log_images = -0.5 * ((candidates - images) / width) ** 2 - (width * math.sqrt(2 * math.pi)).log()
     log_kernels = (log_images.logsumexp(0) * mask).sum(-1)  # [J, N, M, B]
     log_uniform = (-math.log(2) * mask.sum(-1)).expand(1, *log_kernels.shape[1:])
-    counts = torch.tensor([num_uniform] + [num_per_kernel] * len(sigmas))
+    counts = torch.tensor([num_uniform] + [num_per_kernel] * len(sigmas), device=device)
     log_shares = (counts / counts.sum()).log().view(-1, 1, 1, 1)
     return candidates, (torch.cat([log_uniform, log_kernels]) + log_shares).logsumexp(0)
 
@@ -565,7 +567,7 @@ def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str
         draws = weights.transpose(1, 2).flatten(0, 1).multinomial(args.num_noise_draws, replacement=True)
         draws = draws.view(num_agents, batch_size, -1).transpose(1, 2)  # [N, R, B]
         x_0 = candidates.gather(1, draws[..., None].expand(-1, -1, -1, candidates.shape[-1]))
-        t = torch.randint(1, args.denoising_steps + 1, draws.shape)
+        t = torch.randint(1, args.denoising_steps + 1, draws.shape, device=draws.device)
         alpha_bar = learner.policy.alphas_bar[t]
         signal, noise = alpha_bar.sqrt()[..., None], (1 - alpha_bar).sqrt()[..., None]
         x_t = (signal * x_0 + noise * torch.randn_like(x_0)) * mask[:, None, None]

@@ -140,6 +140,14 @@ def test_temperature_falls_where_entropy_exceeds_its_target():
     assert change[0] > 0 and change[1] == 0 and change[2] < 0
 
 
+def test_temperature_rises_where_one_candidate_decides():
+    """Also if the entropy, which cannot be told from one candidate, seems to exceed its target."""
+    learner = make_learner(init_temperature=1e-6, target_entropy=-50.0)
+    metrics = ddpl_mpe.update(learner, make_batch(learner))
+    assert metrics["policy/effective_sample_size"] < 1.5 and metrics["policy/entropy"] > -50
+    assert (learner.log_temperature > math.log(1e-6)).all()
+
+
 # ---- a single state and a known energy with two modes
 
 
