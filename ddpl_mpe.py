@@ -575,7 +575,8 @@ def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str
         step = F.one_hot(t, args.denoising_steps + 1).float().flatten(1, 2)  # [N, R * B, T + 1]
     features = learner.policy.observation(obs).repeat(1, args.num_noise_draws, 1)
     prediction = learner.policy(features + step @ learner.policy.step, x_t.flatten(1, 2))
-    loss = (prediction - velocity.flatten(1, 2)).square().mean()
+    error = (prediction - velocity.flatten(1, 2)) * block[:, None]  # the other dimensions would learn from themselves
+    loss = error.square().mean()
     take_step(learner.policy_optimizer, loss)
     metrics |= {"losses/actor": loss.detach(), "policy/effective_sample_size": sample_size.mean()}
     return metrics | {"policy/entropy": (entropy.mean(1) / block.sum(-1)).mean()}
@@ -689,10 +690,11 @@ def save_checkpoint(run_dir: Path, contents: dict) -> None:
     os.replace(run_dir / "checkpoint.pt.tmp", run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(flag: str, run_dir: Path, args: Args) -> tuple[Args, dict]:
+def load_checkpoint(flag: str, run_dir: Path, args: Args, free: tuple[str, ...] = ()) -> tuple[Args, dict]:
     """A run's arguments and the contents of its checkpoint. Loading executes no code (weights_only).
 
-    Raises RunError if the checkpoint is missing, damaged or another script's, or if `args` ask for another run.
+    Raises RunError if the checkpoint is missing, damaged or another script's, or if `args` ask for another run than
+    the one it holds. Arguments named in `free` may differ.
     """
     path = run_dir / "checkpoint.pt"
     if not path.is_file():
@@ -705,12 +707,14 @@ def load_checkpoint(flag: str, run_dir: Path, args: Args) -> tuple[Args, dict]:
         raise RunError(f"{flag}: {path} is damaged ({type(error).__name__}); choose another run folder") from None
     if script != SCRIPT:
         raise RunError(f"{flag}: {path} belongs to {script}.py; choose a folder named runs/{SCRIPT}__...")
-    for field in fields(Args):
-        asked = getattr(args, field.name)
-        if field.name in stored and asked not in (field.default, stored[field.name]):
-            name = f"--{field.name.replace('_', '-')}"
-            raise RunError(f"{flag}: {run_dir} ran with {name} {stored[field.name]}, not {asked}; drop {name}")
-    return replace(args, **stored), checkpoint
+    if stored.keys() != run_arguments(args).keys():
+        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another run folder")
+    asked = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+    for name in (asked & stored.keys()) - set(free):
+        ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"
+        if ours != theirs:
+            raise RunError(f"{flag}: {run_dir} ran with {option} {theirs}, not {ours}; drop {option}")
+    return replace(args, **{name: value for name, value in stored.items() if name not in asked}), checkpoint
 
 
 def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
@@ -863,7 +867,8 @@ def train(args: Args) -> dict:
 def play(args: Args) -> None:
     """--evaluate: play a run's policy and print its returns."""
     run_dir = Path(args.evaluate)
-    args, checkpoint = load_checkpoint("--evaluate", run_dir, args)
+    args, checkpoint = load_checkpoint("--evaluate", run_dir, args, free=("seed", "final_eval_episodes", "num_threads"))
+    check_args(args)
     env = VectorMPE(args.env_id, args.num_agents, 1)
     learner = Learner(args, env.num_agents, env.obs_size, env.action_size, env.action_mask())
     learner.load_state_dict(checkpoint["learner"])

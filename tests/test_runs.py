@@ -102,9 +102,10 @@ def test_resuming_a_finished_run_repeats_its_result(finished):
 
 
 def test_evaluate_prints_returns_and_films(finished):
-    done = subprocess.run([*command(evaluate=finished), "--capture-video"], capture_output=True, text=True)
+    flags = [*command(evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
+    done = subprocess.run(flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "stochastic" in done.stdout and "deterministic" in done.stdout and "3 episodes" in done.stdout
+    assert "stochastic" in done.stdout and "deterministic" in done.stdout and "5 episodes" in done.stdout
     for mode in ("stochastic", "deterministic"):
         assert (finished / f"{mode}.gif").read_bytes()[:3] == b"GIF"
 
@@ -200,6 +201,13 @@ def test_checkpoint_of_another_script(finished, tmp_path):
     contents = torch.load(finished / "checkpoint.pt", weights_only=True)
     torch.save(contents | {"script": "qvpo"}, tmp_path / "checkpoint.pt")
     assert "qvpo.py" in error_of(resume=str(tmp_path))
+
+
+def test_checkpoint_of_another_version(finished, tmp_path):
+    contents = torch.load(finished / "checkpoint.pt", weights_only=True)
+    contents["args"].pop("gamma")
+    torch.save(contents, tmp_path / "checkpoint.pt")
+    assert "another version" in error_of(resume=str(tmp_path))
 
 
 def test_nan_reward_stops_and_keeps_the_checkpoint(monkeypatch):
