@@ -193,6 +193,48 @@ def test_gaussian_does_not_keep_both_modes():
     assert (shares.min(0).values < 0.4).all()
 
 
+# ---- blocks of dimensions
+
+
+def test_random_blocks_are_real_dimensions_and_all_come_up():
+    mask = torch.tensor([[1.0, 1, 1, 1, 1], [0, 1, 0, 1, 0]])
+    blocks = torch.stack([ddpl_mpe.random_blocks(mask, 3) for _ in range(2000)])
+    assert (blocks.sum(-1) == torch.tensor([3, 2])).all()
+    torch.testing.assert_close(blocks.mean(0), mask * torch.tensor([[0.6], [1.0]]), atol=0.04, rtol=0)
+
+
+def test_candidates_change_one_block_of_the_policys_own_action(monkeypatch):
+    learner = make_learner(mask=[[1.0] * 6, [1.0] * 2 + [0.0] * 4], block_size=3)
+    obs, seen, score = torch.randn(2, 16, 4), [], learner.critic.score
+    actions = learner.policy.sample(obs)
+    monkeypatch.setattr(learner.critic, "score", lambda *inputs: (seen.append(inputs[2]), score(*inputs))[1])
+    ddpl_mpe.update_diffusion(learner, obs, actions)
+    changed = (seen[0] != actions[:, None]).float().mean((1, 2))
+    assert changed.gt(0.9).sum(-1).tolist() == [3, 2] and changed.eq(0).sum(-1).tolist() == [3, 4]
+
+
+class Bowl(nn.Module):
+    """A Gaussian energy-based policy: at temperature 0.08, mean 0.4 and standard deviation 0.2 in every dimension."""
+
+    def forward(self, obs, actions):
+        return -(actions - 0.4).square().sum((0, 2)).expand(2, -1)
+
+    @torch.no_grad()
+    def score(self, obs, actions, candidates):
+        return -(candidates - 0.4).square().sum(-1)
+
+
+def test_blocks_learn_all_of_twelve_dimensions():
+    learner = make_learner(mask=[[1.0] * 12], obs_size=1)
+    learner.critic, obs = Bowl(), torch.ones(1, 64, 1)
+    for _ in range(600):
+        learner.log_temperature.data.fill_(math.log(0.08))
+        ddpl_mpe.update_diffusion(learner, obs, learner.policy.sample(obs))
+    actions = learner.policy.sample(torch.ones(1, 4000, 1))[0]
+    assert abs(actions.mean() - 0.4) < 0.1
+    assert 0.16 < actions.std(0).mean() < 0.24
+
+
 def test_update_reports_what_it_did():
     learner = make_learner()
     metrics = ddpl_mpe.update(learner, make_batch(learner))
