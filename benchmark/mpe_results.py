@@ -8,12 +8,12 @@ Intervals are 95 % percentile bootstraps over seeds; with 3 to 5 seeds they are,
 
 import csv
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -23,22 +23,30 @@ COLORS = {"diffusion": "tab:blue", "gaussian": "tab:orange"}
 
 
 def collect(runs: Path) -> None:
-    """Copy evaluations.csv of every finished run to RESULTS/<task>/<policy>_<seed>.csv."""
+    """Copy evaluations.csv of every finished run to RESULTS/<task>/<policy>_<seed>.csv, with the policy's spread.
+
+    The spread is the mean of the last ten points of the TensorBoard scalar policy/spread; it fills a last column.
+    """
     for result in sorted(runs.glob("ddpl_mpe__*/result.json")):
         args = json.loads((result.parent / "args.json").read_text())
         task = args["env_id"] + (f"_N{args['num_agents'] or 3}" if args["env_id"] == "simple_spread_v3" else "")
         target = RESULTS / task / f"{args['policy']}_{args['seed']}.csv"
+        events = EventAccumulator(str(result.parent))
+        events.Reload()
+        spread = np.mean([point.value for point in events.Scalars("policy/spread")[-10:]])
+        header, *rows = (result.parent / "evaluations.csv").read_text().splitlines()
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(result.parent / "evaluations.csv", target)
+        target.write_text("\n".join([header + ",final_spread", *(f"{row},{spread:.3f}" for row in rows)]) + "\n")
 
 
-def load(task: Path, policy: str, mode: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Steps [evaluations], returns [seeds, evaluations] and the mean minutes of a run."""
+def load(task: Path, policy: str, mode: str) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Steps [evaluations], returns [seeds, evaluations], and the seeds' mean spread and minutes."""
     tables = [list(csv.DictReader(open(path))) for path in sorted(task.glob(f"{policy}_*.csv"))]
     curves = [[row for row in table if row["mode"] == mode] for table in tables]
     returns = np.array([[float(row["return_mean"]) for row in curve] for curve in curves])
     minutes = np.mean([float(table[-1]["seconds"]) for table in tables]) / 60
-    return np.array([int(row["global_step"]) for row in curves[0]]), returns, minutes
+    spread = np.mean([float(table[-1]["final_spread"]) for table in tables])
+    return np.array([int(row["global_step"]) for row in curves[0]]), returns, spread, minutes
 
 
 def bootstrap(values: np.ndarray, repeats: int = 10_000) -> np.ndarray:
@@ -55,7 +63,7 @@ def plot(task: Path) -> None:
     """RESULTS/<task>.png: mean and interval over seeds of the deterministic returns, each seed as a thin line."""
     figure, axes = plt.subplots(figsize=(5, 3.2), dpi=100)
     for policy, color in COLORS.items():
-        steps, returns, _ = load(task, policy, "deterministic")
+        steps, returns, _, _ = load(task, policy, "deterministic")
         axes.plot(steps, returns.T, color=color, linewidth=0.5, alpha=0.4)
         axes.plot(steps, returns.mean(0), color=color, label=f"{policy} ({len(returns)} seeds)")
         axes.fill_between(steps, *interval(bootstrap(returns)), color=color, alpha=0.2, linewidth=0)
@@ -72,25 +80,25 @@ def table_rows(task: Path) -> list[str]:
     for policy in COLORS:
         cells = []
         for mode in ("deterministic", "stochastic"):
-            _, returns, minutes = load(task, policy, mode)
+            _, returns, spread, minutes = load(task, policy, mode)
             final[policy, mode] = returns[:, -1]
             low, high = interval(bootstrap(returns[:, -1]))
             cells.append(f"{returns[:, -1].mean():.2f} [{low:.2f}, {high:.2f}]")
         seeds = " ".join(f"{value:.1f}" for value in final[policy, "deterministic"])
-        rows.append(f"| {task.name} | {policy} | {cells[0]} | {cells[1]} | {seeds} | {minutes:.1f} |")
+        rows.append(f"| {task.name} | {policy} | {cells[0]} | {cells[1]} | {seeds} | {spread:.2f} | {minutes:.1f} |")
     ours, theirs = (final[policy, "deterministic"] for policy in COLORS)
     # Resampled with different numbers: the seeds of the two policies are not paired.
     difference = bootstrap(ours) - np.random.default_rng(1).permutation(bootstrap(theirs))
     low, high = interval(difference)
-    rows.append(f"| | difference | {ours.mean() - theirs.mean():+.2f} [{low:+.2f}, {high:+.2f}] | | | |")
+    rows.append(f"| | difference | {ours.mean() - theirs.mean():+.2f} [{low:+.2f}, {high:+.2f}] | | | | |")
     return rows
 
 
 def main() -> None:
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
-    print("| task | policy | deterministic return | stochastic return | deterministic, each seed | minutes |")
-    print("|---|---|---|---|---|---|")
+    print("| task | policy | deterministic return | stochastic return | deterministic, each seed | spread | minutes |")
+    print("|---|---|---|---|---|---|---|")
     for task in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         plot(task)
         print("\n".join(table_rows(task)))
