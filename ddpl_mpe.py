@@ -45,6 +45,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
+    """Train agents with DDPL on a cooperative task of mpe2; the defaults are those of the reported results."""
+
     # Task
     env_id: str = "simple_spread_v3"
     """A cooperative mpe2 task, such as simple_spread_v3, simple_reference_v3 or simple_speaker_listener_v4."""
