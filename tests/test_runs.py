@@ -56,7 +56,7 @@ def finished(tmp_path_factory):
 def test_killed_and_resumed_equals_never_killed(policy):
     """SIGKILL in the middle, twice; the resumed run ends with the same learner, replay and evaluations, bit for bit."""
     whole = Path(train(Args(**SMALL, policy=policy))["run_dir"])
-    process = subprocess.Popen(command(**SMALL, policy=policy))
+    process = subprocess.Popen(command(**SMALL, policy=policy), stderr=subprocess.DEVNULL)
     wait_for(process, lambda: len(list(Path("runs").iterdir())) == 2)
     (run_dir,) = set(Path("runs").iterdir()) - {whole}
     for reached in (400, 1200):
@@ -65,7 +65,7 @@ def test_killed_and_resumed_equals_never_killed(policy):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert not (run_dir / "result.json").exists()
-        process = subprocess.Popen(command(resume=run_dir))
+        process = subprocess.Popen(command(resume=run_dir), stderr=subprocess.DEVNULL)
     assert process.wait() == 0
     ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, whole))
     for key in ("learner", "optimizers", "buffer", "rng"):
