@@ -8,8 +8,9 @@ what stands here is a reconstruction.
 
 1. Every agent acts with its own T-step diffusion policy pi_i(a_i | o_i); transitions go to a replay buffer.
 2. Twin critics learn Q(s, a_1..a_N) of the team reward; the target's next actions are drawn from the policies.
-3. Per state and agent, M actions are proposed from a mixture of known density q: uniform, and kernels around pi_i.
-4. They are weighed by w = exp(Q(s, a_i, a_-i) / temperature_i) / q(a_i), which estimates the energy-based policy.
+3. Agent i's local critic Q_i(o_i, a_i) learns what of Q agent i can know: the mean over the rest of s and a_-i ~ pi_-i.
+4. Per state and agent, M actions are proposed from a mixture of known density q: uniform, and kernels around pi_i,
+   and weighed by w = exp(Q_i(o_i, a_i) / temperature_i) / q(a_i), which estimates the energy-based policy.
 5. The denoiser learns E[a_i | x_t] under those weights (importance sampling score matching, ISSM); no sample of the
    energy-based policy is ever needed.
 6. temperature_i follows the weights' own entropy estimate to a target entropy.
@@ -71,17 +72,17 @@ class Args:
     batch_size: int = 256
     """Transitions in a critic update."""
     actor_batch_size: int = 64
-    """Of those, how many states the diffusion policy learns from (each costs M critic evaluations)."""
+    """Of those, how many states the diffusion policy learns from (each costs M evaluations of two critics)."""
     gamma: float = 0.95
     """Discount factor."""
     tau: float = 0.01
     """Step of the target critic towards the critic, each update."""
     critic_lr: float = 1e-3
-    """Learning rate of the critics."""
+    """Learning rate of the central critics."""
     actor_lr: float = 3e-3
-    """Learning rate of the policies."""
+    """Learning rate of the policies and of the diffusion policies' local critics."""
     critic_hidden: int = 128
-    """Width of the critics' two hidden layers."""
+    """Width of the central critics' two hidden layers."""
     actor_hidden: int = 128
     """Width of the policies' two hidden layers."""
 
@@ -104,6 +105,8 @@ class Args:
     """Dimensions of an agent's action to propose at a time; the rest keeps the policy's sample (a Gibbs step)."""
     sigmas: tuple[float, ...] = (0.1, 0.3)
     """Widths of the kernels around the policy's sample (actions span [-1, 1])."""
+    local_critic_hidden: int = 64
+    """Width of the local critics' two hidden layers."""
     num_noise_draws: int = 4
     """R, noisy points that the denoiser learns from per state and agent."""
 
@@ -355,6 +358,27 @@ class TwinCritic(nn.Module):
         return (hidden @ self.value.weight[0] + self.value.bias[0]).view(candidates.shape[:3])
 
 
+class LocalCritic(nn.Module):
+    """One critic Q_i(o_i, a_i) per agent: the central Q, averaged over all that agent i neither sees nor decides.
+
+    The energy of DDPL's policies. A softmax of the central Q itself would be averaged by the denoiser: a mean of
+    softmaxes, broader than the softmax of the mean wherever Q depends on what agent i cannot know.
+    """
+
+    def __init__(self, num_agents: int, obs_size: int, action_size: int, hidden: int):
+        super().__init__()
+        self.observation = StackedLinear(num_agents, obs_size, hidden)
+        self.action = stacked_weight(num_agents, action_size, hidden)
+        self.hidden = StackedLinear(num_agents, hidden, hidden)
+        self.value = StackedLinear(num_agents, hidden, 1)
+
+    def forward(self, obs: Tensor, candidates: Tensor) -> Tensor:
+        """Values [N, M, B], up to a constant per observation, of candidates [N, M, B, D] at observations [N, B, O]."""
+        hidden = (candidates.flatten(1, 2) @ self.action).unflatten(1, candidates.shape[1:3])
+        hidden = hidden.add_(self.observation(obs)[:, None]).relu_().flatten(1, 2)
+        return self.value(self.hidden(hidden).relu_()).view(candidates.shape[:3])
+
+
 # -------------------------------------------------------------------------------------------------- replay buffer
 
 
@@ -499,6 +523,7 @@ class Learner(nn.Module):
         sizes = num_agents, obs_size, action_size
         if args.policy == "diffusion":
             self.policy = DiffusionPolicy(*sizes, args.actor_hidden, args.denoising_steps, mask)
+            self.local_critic = LocalCritic(*sizes, args.local_critic_hidden)
         else:
             self.policy = GaussianPolicy(*sizes, args.actor_hidden, mask)
         self.critic, self.target_critic = (TwinCritic(*sizes, args.critic_hidden) for _ in range(2))
@@ -507,10 +532,12 @@ class Learner(nn.Module):
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True)
         self.temperature_optimizer = torch.optim.Adam([self.log_temperature], args.temperature_lr, fused=True)
+        if args.policy == "diffusion":
+            self.local_critic_optimizer = torch.optim.Adam(self.local_critic.parameters(), args.actor_lr, fused=True)
         self.args, self.mask, self.sigmas = args, mask, torch.tensor(args.sigmas)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.policy_optimizer, self.critic_optimizer, self.temperature_optimizer]
+        return [value for value in vars(self).values() if isinstance(value, torch.optim.Optimizer)]
 
 
 def update(learner: Learner, batch: Batch) -> dict[str, Tensor]:
@@ -540,28 +567,37 @@ def update_critic(learner: Learner, batch: Batch, next_actions: Tensor) -> dict[
     return {"losses/critic": loss.detach(), "losses/q": q.detach().mean()}
 
 
+def update_local_critic(
+    learner: Learner, obs: Tensor, actions: Tensor, candidates: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Move each Q_i(o_i, a_i) to the central Q at candidates [N, M, B, D], where the others play actions [N, B, D].
+
+    Only the differences between the candidates of a state count, since the policy depends on nothing else: what the
+    rest of the state adds to all of them alike would be noise. Returns Q_i [N, M, B] there, from before the step.
+    """
+    local_q = learner.local_critic(obs, candidates)
+    loss = (local_q - learner.critic.score(obs, actions, candidates)).var(1).mean()
+    take_step(learner.local_critic_optimizer, loss)
+    return local_q.detach(), {"losses/local_critic": loss.detach()}
+
+
 def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str, Tensor]:
     """One ISSM step of every agent's denoiser, at obs [N, B, O] and the policies' own actions [N, B, D] there."""
-    args, mask, sigmas = learner.args, learner.mask, learner.sigmas.view(-1, 1, 1, 1)
-    temperature = learner.log_temperature.detach().exp()
+    args, mask = learner.args, learner.mask
 
-    # 1. Propose, a block of dimensions around the policy's own action (all of them, if it has few). Each kernel moves
-    # one Langevin step uphill, but no further than its own width.
-    block = random_blocks(mask, args.block_size)
-    joint = actions.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(learner.critic(obs, joint)[0].sum(), joint)
-    drift = sigmas**2 / 2 * gradient * block[:, None] / temperature[:, None, None]  # [J, N, B, D]
-    drift = drift * (sigmas / drift.norm(dim=-1, keepdim=True).clamp(min=1e-8)).clamp(max=1)
-    candidates, log_q = propose_actions(actions, drift, learner.sigmas, args.num_uniform, args.num_per_kernel, block)
+    # 1. Propose, a block of dimensions around the policy's own action (all of them, if it has few). To move the kernels
+    # a Langevin step uphill first gained nothing.
+    block, no_drift = random_blocks(mask, args.block_size), torch.zeros(len(args.sigmas), 1, 1, 1)
+    candidates, log_q = propose_actions(actions, no_drift, learner.sigmas, args.num_uniform, args.num_per_kernel, block)
     candidates = candidates + (actions * (1 - block[:, None]))[:, None]
 
     # 2. Weigh. Where fewer than two candidates count, the entropy estimate stops falling with the temperature, so there
     # the temperature rises whatever the estimate says.
-    q = learner.critic.score(obs, actions, candidates)
-    weights, _, entropy = issm_weights(q, log_q, temperature)
+    q, metrics = update_local_critic(learner, obs, actions, candidates)
+    weights, _, entropy = issm_weights(q, log_q, learner.log_temperature.detach().exp())
     sample_size = (1 / weights.square().sum(1)).mean(1)  # [N]
     excess = entropy.mean(1) - args.target_entropy * block.sum(-1)
-    metrics = update_temperature(learner, torch.where(sample_size < 2, sample_size - 2, excess))
+    metrics |= update_temperature(learner, torch.where(sample_size < 2, sample_size - 2, excess))
 
     # 3. Match: noisy points around resampled candidates, each with its exact denoiser as the target.
     with torch.no_grad():
@@ -671,6 +707,8 @@ def check_args(args: Args) -> None:
     require("gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
     require("tau", 0 < args.tau <= 1, "a number above 0, at most 1")
     require("target_entropy", args.target_entropy < math.log(2), "below 0.69, the uniform policy's entropy")
+    candidates = args.num_uniform + len(args.sigmas) * args.num_per_kernel
+    require("num_per_kernel", candidates > 1, "large enough for two candidates")
     require("sigmas", args.sigmas and all(0 < s <= 1 for s in args.sigmas), "one or more numbers above 0, at most 1")
 
 

@@ -53,11 +53,13 @@ def main() -> None:
 
     learner, batch = runs["diffusion 3"]
     args = learner.args
-    obs, actions = batch.obs[:, : args.actor_batch_size], batch.actions[:, : args.actor_batch_size]
+    obs = batch.obs[:, : args.actor_batch_size]
     num_candidates = args.num_uniform + len(args.sigmas) * args.num_per_kernel
     candidates = 2 * torch.rand(3, num_candidates, args.actor_batch_size, 2) - 1
-    rows, weight = torch.randn(candidates[..., 0].numel(), args.critic_hidden), learner.critic.hidden.weight[0].detach()
-    ms = medians(300, score=lambda: learner.critic.score(obs, actions, candidates), gemm=lambda: torch.mm(rows, weight))
+    rows = torch.randn(3, num_candidates * args.actor_batch_size, args.local_critic_hidden)
+    weight = learner.local_critic.hidden.weight.detach()
+    with torch.no_grad():
+        ms = medians(300, score=lambda: learner.local_critic(obs, candidates), gemm=lambda: torch.bmm(rows, weight))
     print(f"candidate scoring, share of a bare GEMM's rate   {ms['gemm'] / ms['score']:.0%}  (at least 50 %)")
 
     if "--full" in sys.argv:

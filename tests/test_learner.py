@@ -193,6 +193,69 @@ def test_gaussian_does_not_keep_both_modes():
     assert (shares.min(0).values < 0.4).all()
 
 
+# ---- the local critic: what an agent cannot know is averaged before the softmax, not after
+
+
+class Coin(nn.Module):
+    """Two agents; the second sees a coin z = +-1, the first does not. Q = slope z a_1 + 0.3 a_1 a_2 + 5 z."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    @torch.no_grad()
+    def score(self, obs, actions, candidates):
+        z = obs[1, :, 0]
+        first = self.slope * z * candidates[0, ..., 0] + 0.3 * candidates[0, ..., 0] * actions[1, :, 0] + 5 * z
+        return torch.stack([first, 0 * candidates[1, ..., 0]])
+
+
+def coin_learner(slope, **options):
+    learner = make_learner(mask=[[1.0], [1.0]], obs_size=1, actor_lr=1e-2, **options)
+    learner.critic = Coin(slope)
+    return learner
+
+
+def coin_obs(batch_size, share_of_heads):
+    z = (torch.rand(batch_size) < share_of_heads).float() * 2 - 1
+    return torch.stack([torch.zeros_like(z), z])[..., None]
+
+
+def test_local_critic_is_the_mean_over_what_the_agent_does_not_know():
+    """With heads in 3 of 4 states and E[a_2] = 0.5, the first agent's slope is 0.5 slope + 0.15; the second's is 0."""
+    learner = coin_learner(0.4)
+    for _ in range(1500):
+        actions, candidates = torch.rand(2, 256, 1), 2 * torch.rand(2, 4, 256, 1) - 1
+        ddpl_mpe.update_local_critic(learner, coin_obs(256, 0.75), actions, candidates)
+    ends = torch.tensor([-1.0, 1.0])[None, :, None, None].expand(2, 2, 1, 1)
+    low, high = learner.local_critic(torch.zeros(2, 1, 1), ends)[..., 0].unbind(1)
+    torch.testing.assert_close((high - low).detach() / 2, torch.tensor([0.35, 0.0]), atol=0.05, rtol=0)
+
+
+def test_policy_is_the_softmax_of_the_mean():
+    """A fair coin leaves the first agent uniform; the mean of the two softmaxes would sit at the faces of the box."""
+    learner = coin_learner(1.0)
+    for _ in range(500):
+        learner.log_temperature.data.fill_(math.log(0.2))
+        obs = coin_obs(64, 0.5)
+        ddpl_mpe.update_diffusion(learner, obs, learner.policy.sample(obs))
+    actions = learner.policy.sample(torch.zeros(2, 5000, 1))[0]
+    centre = (actions.abs() < 0.5).float().mean()
+    assert 0.4 < centre < 0.85  # uniform: 0.5, sampled with T = 10: 0.65; the mean of the softmaxes: 0.08
+
+
+def test_local_critic_values_one_candidate_as_many():
+    """One candidate at a time, and with no word from another agent."""
+    critic = ddpl_mpe.LocalCritic(3, 4, 2, 32)
+    obs, candidates = torch.randn(3, 5, 4), torch.rand(3, 6, 5, 2)
+    together = critic(obs, candidates)
+    for m in range(6):
+        torch.testing.assert_close(together[:, m], critic(obs, candidates[:, m : m + 1])[:, 0])
+    obs[1] += 1
+    changed = (critic(obs, candidates) != together).flatten(1).any(1)
+    assert changed.tolist() == [False, True, False]
+
+
 # ---- blocks of dimensions
 
 
