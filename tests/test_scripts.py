@@ -1,0 +1,79 @@
+"""What the scripts share stands in each of them, word for word."""
+
+import ast
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddpl_coordination
+import ddpl_mpe
+
+SCRIPTS = (ddpl_mpe, ddpl_coordination)
+
+# Names that two scripts share but do not mean the same by, and why.
+DIFFERENT = {
+    "Args": "every script has its own settings",
+    "SCRIPT": "its own name",
+    "Learner": "the coordination game stacks seeds with agents and has no observations",
+    "DiffusionPolicy": "no observations in the coordination game",
+    "GaussianPolicy": "no observations in the coordination game",
+    "update_critic": "no next state in the coordination game",
+    "update_local_critic": "no observations in the coordination game",
+    "update_diffusion": "no observations, padding or blocks in the coordination game",
+    "update_gaussian": "no observations in the coordination game",
+    "update_temperature": "no metrics in the coordination game",
+    "check_args": "every script has its own settings",
+    "train": "every script has its own loop",
+    "main": "the coordination game has no --evaluate",
+}
+PURE = {"noise_schedule", "denoise_step", "propose_actions", "issm_weights", "issm_target"}
+
+
+def definitions(script) -> dict[str, str]:
+    """Source of every top-level function, class and constant of a script."""
+    source = Path(script.__file__).read_text()
+    named = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            named[node.name] = ast.get_source_segment(source, node)
+        elif isinstance(node, ast.Assign):
+            named[node.targets[0].id] = ast.get_source_segment(source, node)
+    return named
+
+
+@pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)), ids=lambda script: script.__name__)
+def test_shared_names_have_the_same_source(one, other):
+    first, second = definitions(one), definitions(other)
+    shared = first.keys() & second.keys()
+    assert PURE <= shared
+    for name in sorted(shared - DIFFERENT.keys()):
+        assert first[name] == second[name], f"{name} differs between {one.__name__}.py and {other.__name__}.py"
+
+
+def test_every_exception_is_needed():
+    for name in DIFFERENT:
+        sources = [definitions(script)[name] for script in SCRIPTS if name in definitions(script)]
+        assert len(set(sources)) > 1, f"{name} no longer differs: take it off the list"
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:], ids=lambda script: script.__name__)
+def test_shared_maths_gives_the_same_numbers(script):
+    """Also where a constant or another function that the source calls would differ."""
+
+    def numbers(script):
+        torch.manual_seed(0)
+        anchor, drift, sigmas = 0.5 * torch.randn(3, 7, 2), 0.1 * torch.randn(2, 3, 7, 2), torch.tensor([0.1, 0.3])
+        candidates, log_q = script.propose_actions(
+            anchor, drift, sigmas, 4, 6, torch.tensor([[1.0, 1], [1, 0], [1, 1]])
+        )
+        weights, log_z, entropy = script.issm_weights(torch.randn(3, 16, 7), log_q, torch.tensor([0.1, 0.5, 2.0]))
+        alphas_bar = script.noise_schedule(10)
+        denoised = script.issm_target(torch.randn(3, 4, 7, 2), torch.full((3, 4, 7), 0.3), candidates, weights)
+        step = script.denoise_step(torch.randn(5, 2), torch.randn(5, 2), 4, alphas_bar)
+        layer = script.StackedLinear(3, 2, 5)
+        return candidates, log_q, weights, log_z, entropy, alphas_bar, denoised, *step, layer(anchor)
+
+    for ours, theirs in zip(numbers(script), numbers(ddpl_mpe), strict=True):
+        assert torch.equal(ours, theirs)
