@@ -64,7 +64,7 @@ class Args:
     # Run
     policies: tuple[Policy, ...] = ("diffusion", "gaussian", "moments", "uniform")
     """Which policies to compare."""
-    total_timesteps: int = 12_000
+    total_timesteps: int = 10_000
     """Joint actions in each run."""
     num_seeds: int = 20
     """Independent runs of each policy, trained side by side."""
@@ -409,9 +409,8 @@ def update_local_critic(learner: Learner, actions: Tensor, candidates: Tensor) -
     return local_q.detach()
 
 
-def update_diffusion(learner: Learner) -> None:
-    """One ISSM step of every agent's denoiser."""
-    actions = learner.policy.sample(learner.args.actor_batch_size)
+def update_diffusion(learner: Learner, actions: Tensor) -> None:
+    """One ISSM step of every agent's denoiser, at actions [S N, B, 1] that the policies have just drawn."""
     candidates, log_q = propose(learner.args, actions)
     q = update_local_critic(learner, actions, candidates)
     weights, _, entropy = issm_weights(q, log_q, learner.log_temperature.detach().exp())
@@ -442,8 +441,8 @@ def match(learner: Learner, candidates: Tensor, weights: Tensor) -> None:
     take_step(learner.policy_optimizer, error.square().mean((1, 2)).sum())
 
 
-def update_gaussian(learner: Learner) -> None:
-    """One step of every Gaussian down its KL to the energy-based policy, reparameterised."""
+def update_gaussian(learner: Learner, _: Tensor) -> None:
+    """One step of every Gaussian down its KL to the energy-based policy, at reparameterised actions of its own."""
     temperature = learner.log_temperature.detach().exp()
     actions, log_prob = learner.policy.rsample(learner.args.batch_size)
     q = learner.critic(learner.joint(actions))
@@ -451,17 +450,16 @@ def update_gaussian(learner: Learner) -> None:
     update_temperature(learner, -log_prob.detach().mean(1) - learner.args.target_entropy)
 
 
-def update_moments(learner: Learner) -> None:
+def update_moments(learner: Learner, actions: Tensor) -> None:
     """Give every Gaussian the mean and deviation of its energy-based policy, by quadrature of the local critic."""
-    args, actions = learner.args, learner.policy.sample(learner.args.actor_batch_size)
-    candidates = 2 * torch.rand(len(actions), 8, args.actor_batch_size, 1) - 1
+    candidates = 2 * torch.rand(len(actions), 8, *actions.shape[1:]) - 1
     update_local_critic(learner, actions, candidates)
     with torch.no_grad():
         q = learner.local_critic(GRID[:, None].expand(len(actions), -1, -1))
     density = boltzmann(q, learner.log_temperature.detach().exp()[:, None])
     mean, std = moments(density)
     learner.policy.mean, learner.policy.std = mean[:, None, None], std[:, None, None]
-    update_temperature(learner, entropy_of(density) - args.target_entropy)
+    update_temperature(learner, entropy_of(density) - learner.args.target_entropy)
 
 
 def update_temperature(learner: Learner, excess: Tensor) -> None:
@@ -492,36 +490,39 @@ def learn(args: Args, policy: Policy, num_agents: int) -> dict[str, np.ndarray]:
     torch.manual_seed(args.seed)
     learner = Learner(args, policy, num_agents)
     update_policy = {"diffusion": update_diffusion, "gaussian": update_gaussian, "moments": update_moments}.get(policy)
-    actions, rewards = torch.empty(args.num_seeds, 0, num_agents), torch.empty(args.num_seeds, 0)
+    steps = range(0, args.total_timesteps, args.num_envs)
+    actions = torch.empty(args.num_seeds, len(steps) * args.num_envs, num_agents)
+    rewards = torch.empty(actions.shape[:2])
     first_success = torch.full((args.num_seeds,), args.total_timesteps + 1)
     snapshots, gaps = [], []
-    while (step := actions.shape[1]) < args.total_timesteps:
+    for step in steps:
         # Act.
         if step < args.learning_starts or policy == "uniform":
             new = 2 * torch.rand(args.num_seeds, args.num_envs, num_agents) - 1
         else:
-            new = learner.joint(learner.policy.sample(args.num_envs))
+            drawn = learner.policy.sample(args.num_envs + args.actor_batch_size)
+            new = learner.joint(drawn[:, : args.num_envs])
         hits = success(new, args)
         when = torch.where(hits, step + 1 + torch.arange(args.num_envs), args.total_timesteps + 1)
         first_success = torch.minimum(first_success, when.amin(1))
 
         # Store.
-        actions = torch.cat([actions, new], 1)
-        rewards = torch.cat([rewards, team_reward(new, args)], 1)
+        played = step + args.num_envs
+        actions[:, step:played], rewards[:, step:played] = new, team_reward(new, args)
 
         # Learn.
         if step >= args.learning_starts and update_policy:
-            rows = torch.randint(actions.shape[1], (args.batch_size,))
+            rows = torch.randint(played, (args.batch_size,))
             update_critic(learner, actions[:, rows], rewards[:, rows])
-            update_policy(learner)
+            update_policy(learner, drawn[:, args.num_envs :])
 
         # Look.
-        if policy != "uniform" and actions.shape[1] * 20 // args.total_timesteps > step * 20 // args.total_timesteps:
-            drawn = learner.joint(learner.policy.sample(500))
-            if not drawn.isfinite().all():
-                raise RunError(f"the actions of the {policy} policy are NaN after {step} joint actions")
-            snapshots.append(drawn[0].T)
-            gaps.append(nash_gap(drawn[:, :200], args))
+        if policy != "uniform" and played * 20 // args.total_timesteps > step * 20 // args.total_timesteps:
+            snapshot = learner.joint(learner.policy.sample(500))
+            if not snapshot.isfinite().all():
+                raise RunError(f"the actions of the {policy} policy are NaN after {played} joint actions")
+            snapshots.append(snapshot[0].T)
+            gaps.append(nash_gap(snapshot[:, :100], args))
 
     outcome = {"first_success": first_success}
     if policy == "uniform":
