@@ -83,6 +83,47 @@ def test_local_critic_is_the_mean_over_the_others():
     torch.testing.assert_close((high - low).detach() / 2, torch.full((2,), 0.5), atol=0.1, rtol=0)
 
 
+def test_local_critic_ignores_what_the_others_add_to_all_candidates():
+    outcomes = []
+    for offset in (0.0, 5.0):
+        torch.manual_seed(0)
+        learner = Learner(Args(num_seeds=1), "diffusion", 2)
+        actions, candidates = torch.rand(2, 16, 1), torch.rand(2, 8, 16, 1)
+        q = learner.score(actions, candidates) + offset * torch.randn(16)
+        learner.score = lambda *_, q=q: q
+        ddpl_coordination.update_local_critic(learner, actions, candidates)
+        outcomes.append([parameter.grad for parameter in learner.local_critic.parameters()])
+    for clean, offset in zip(*outcomes):
+        torch.testing.assert_close(clean, offset, atol=1e-4, rtol=1e-3)
+
+
+UPDATES = {name: getattr(ddpl_coordination, f"update_{name}") for name in ("diffusion", "gaussian", "moments")}
+
+
+@pytest.mark.parametrize("policy", UPDATES)
+@pytest.mark.parametrize("target_entropy, sign", [(-5.0, -1), (0.69, 1)])
+def test_temperature_follows_the_entropy(policy, target_entropy, sign):
+    """It falls where the entropy exceeds its target, and rises where it does not, at a critic with one sharp peak."""
+    learner = Learner(Args(num_seeds=1, target_entropy=target_entropy), policy, 2)
+    learner.critic = lambda joint: -5 * joint.square().sum(-1)
+    for _ in range(200):
+        ddpl_coordination.update_local_critic(learner, torch.rand(2, 16, 1), 2 * torch.rand(2, 8, 16, 1) - 1)
+    if policy == "gaussian":
+        learner.policy.log_std.data.fill_(-3)
+    before = learner.log_temperature.detach().clone()
+    UPDATES[policy](learner, learner.policy.sample(16))
+    assert ((learner.log_temperature - before).sign() == sign).all()
+
+
+def test_gaussian_widens_where_all_actions_are_equal():
+    learner = Learner(Args(num_seeds=1), "gaussian", 2)
+    learner.critic = lambda joint: 0 * joint.sum(-1)
+    learner.policy.log_std.data.fill_(-2)
+    for _ in range(10):
+        ddpl_coordination.update_gaussian(learner, None)
+    assert (learner.policy.log_std > -1.9).all()
+
+
 def test_moments_policy_matches_the_energy():
     """Mean, deviation and entropy of exp(3 a) on the box, against quadrature."""
     density = ddpl_coordination.boltzmann(3 * ddpl_coordination.GRID, 1.0)
@@ -140,6 +181,7 @@ def test_diffusion_coordinates_where_moments_do_not():
     diffusion, moments, uniform = (learn(args, policy, 2) for policy in ("diffusion", "moments", "uniform"))
     assert (diffusion["final_success"] > 0.5).sum() >= 3
     assert diffusion["final_success"].mean() > moments["final_success"].mean() + 0.2
+    assert 1 <= uniform["first_success"].min() and np.median(uniform["first_success"]) < 200  # 44 on average
     assert uniform["final_success"].mean() == pytest.approx(0.15**2, abs=0.01)
     assert diffusion["nash_gap"].mean() < 0.3 < uniform["nash_gap"].mean()
 

@@ -232,6 +232,20 @@ def test_local_critic_is_the_mean_over_what_the_agent_does_not_know():
     torch.testing.assert_close((high - low).detach() / 2, torch.tensor([0.35, 0.0]), atol=0.05, rtol=0)
 
 
+def test_local_critic_ignores_what_a_state_adds_to_all_candidates():
+    outcomes = []
+    for offset in (0.0, 5.0):
+        torch.manual_seed(0)
+        learner = coin_learner(0.4)
+        obs, actions, candidates = coin_obs(16, 0.5), torch.rand(2, 16, 1), torch.rand(2, 4, 16, 1)
+        q = learner.critic.score(obs, actions, candidates) + offset * torch.randn(16)
+        learner.critic.score = lambda *_, q=q: q
+        ddpl_mpe.update_local_critic(learner, obs, actions, candidates)
+        outcomes.append([parameter.grad for parameter in learner.local_critic.parameters()])
+    for clean, offset in zip(*outcomes):
+        torch.testing.assert_close(clean, offset, atol=1e-4, rtol=1e-3)
+
+
 def test_policy_is_the_softmax_of_the_mean():
     """A fair coin leaves the first agent uniform; the mean of the two softmaxes would sit at the faces of the box."""
     learner = coin_learner(1.0)
