@@ -32,17 +32,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from scipy.optimize import brentq, minimize
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 Policy = Literal["diffusion", "gaussian", "moments", "uniform"]
 
@@ -446,7 +443,7 @@ def update_gaussian(learner: Learner, _: Tensor) -> None:
     temperature = learner.log_temperature.detach().exp()
     actions, log_prob = learner.policy.rsample(learner.args.batch_size)
     q = learner.critic(learner.joint(actions))
-    take_step(learner.policy_optimizer, ((temperature[:, None] * log_prob).mean(1)).sum() - q.mean(1).sum())
+    take_step(learner.policy_optimizer, (temperature[:, None] * log_prob).mean(1).sum() - q.mean(1).sum())
     update_temperature(learner, -log_prob.detach().mean(1) - learner.args.target_entropy)
 
 
@@ -551,6 +548,7 @@ def check_args(args: Args) -> None:
 
     require("num_agents", args.num_agents and all(1 <= n <= 8 for n in args.num_agents), "one or more of 1 to 8")
     require("policies", args.policies, "one or more of diffusion, gaussian, moments, uniform")
+    require("full", not args.full or set(args.policies) != {"uniform"}, "used with a policy that learns")
     require("tolerance", 0 < args.tolerance <= 1 - PEAK, "above 0, at most 0.3, so that it stays inside the box")
     require("bonus", 0 < args.bonus < math.inf, "a number above 0, or there is nothing to coordinate")
     require("sigmas", args.sigmas and all(0 < s <= 1 for s in args.sigmas), "one or more numbers above 0, at most 1")
@@ -627,7 +625,8 @@ def solved(run: dict) -> np.ndarray:
 
 def plot_success(args: Args, runs: dict, path: Path) -> None:
     """Samples to the first success, and the share of seeds whose final team succeeds, against the number of agents."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=100)
+    figure = Figure(figsize=(9, 3.4), dpi=100, layout="tight")
+    left, right = figure.subplots(1, 2)
     for policy, shift in zip(args.policies, np.linspace(-0.12, 0.12, len(args.policies))):
         color, ns = COLORS[policy], np.array(args.num_agents) + shift
         first = [runs[policy, n]["first_success"] for n in args.num_agents]
@@ -645,18 +644,14 @@ def plot_success(args: Args, runs: dict, path: Path) -> None:
     for axes in (left, right):
         axes.set(xlabel="agents", xticks=args.num_agents)
     left.legend()
-    figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def plot_training(args: Args, runs: dict, path: Path) -> None:
     """One run of each policy: every agent's density over training, and the final energy (its local critic)."""
     n, policies = max(args.num_agents), [policy for policy in args.policies if policy != "uniform"]
-    figure, axes = plt.subplots(
-        len(policies), n + 1, figsize=(2.2 * (n + 1), 2.1 * len(policies)), dpi=90, squeeze=False, sharey=True
-    )
-    for row, policy in zip(axes, policies):
+    figure = Figure(figsize=(2.2 * (n + 1), 2.1 * len(policies)), dpi=70, layout="tight")
+    for row, policy in zip(figure.subplots(len(policies), n + 1, squeeze=False, sharey=True), policies):
         run = runs[policy, n]
         for agent in range(n):
             drawn = run["snapshots"][:, agent]  # [20, 500]
@@ -669,26 +664,23 @@ def plot_training(args: Args, runs: dict, path: Path) -> None:
             row[n].plot(energy - energy.max(), GRID, label=f"agent {agent + 1}")
         row[0].set(ylabel="action")
         row[n].set(title="energy at the end")
-    figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def plot_nash_gap(args: Args, runs: dict, path: Path) -> None:
     """What one agent could gain alone, over training: mean and interval over seeds, for every number of agents."""
-    figure, axes = plt.subplots(1, len(args.num_agents), figsize=(2.6 * len(args.num_agents), 2.8), dpi=90, sharey=True)
-    for n, plot in zip(args.num_agents, np.atleast_1d(axes)):
+    figure = Figure(figsize=(2.6 * len(args.num_agents), 2.8), dpi=90, layout="tight")
+    (axes,) = figure.subplots(1, len(args.num_agents), squeeze=False, sharey=True)
+    for n, plot in zip(args.num_agents, axes):
         for policy in (policy for policy in args.policies if policy != "uniform"):
             gaps = runs[policy, n]["gaps"]  # [20, S]
             steps = np.linspace(0, args.total_timesteps, len(gaps) + 1)[1:]
             plot.plot(steps, gaps.mean(1), color=COLORS[policy], label=policy)
             plot.fill_between(steps, *interval(gaps.T), color=COLORS[policy], alpha=0.2, linewidth=0)
         plot.set(title=f"{n} agents" if n > 1 else "1 agent", xlabel="joint actions")
-    np.atleast_1d(axes)[0].set(ylabel="gain of the best response")
-    np.atleast_1d(axes)[0].legend()
-    figure.tight_layout()
+    axes[0].set(ylabel="gain of the best response")
+    axes[0].legend()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def before_the_bonus(args: Args) -> Tensor:
@@ -760,15 +752,16 @@ def meeting(chance: np.ndarray, num_agents: int, tries: int = 1000) -> tuple[flo
 
 def plot_exact(args: Args, path: Path) -> None:
     """What each policy class makes of the same energy, and the chance that N agents meet at +0.7: no learned critic."""
-    figure, (left, one, many) = plt.subplots(1, 3, figsize=(12, 3.4), dpi=90)
-    density = before_the_bonus(args)
-    left.plot(GRID, density, color="black", label="energy-based policy")
+    figure = Figure(figsize=(12, 3.4), dpi=90, layout="tight")
+    left, one, many = figure.subplots(1, 3)
+    density, grid = before_the_bonus(args), GRID.numpy()
+    left.plot(grid, density, color="black")
     samples = fit_issm(args).sample(4000).flatten()
     left.hist(samples.numpy(), bins=100, range=(-1, 1), density=True, color=COLORS["diffusion"], alpha=0.5)
     mean, std = (value.item() for value in moments(density))
-    left.plot(GRID, norm.pdf(GRID, mean, std), color=COLORS["moments"])
+    left.plot(grid, norm.pdf(grid, mean, std), color=COLORS["moments"])
     mean, std = gaussian_kl(density)
-    left.plot(GRID, norm.pdf(GRID.atanh(), mean, std) / (1 - GRID**2), color=COLORS["gaussian"])
+    left.plot(grid, norm.pdf(np.arctanh(grid), mean, std) / (1 - grid**2), color=COLORS["gaussian"])
     left.set(xlabel="action", ylabel="density")
     colors = ["black", COLORS["diffusion"], COLORS["moments"], COLORS["gaussian"], COLORS["uniform"]]
     ns = np.arange(1, 9)
@@ -781,9 +774,7 @@ def plot_exact(args: Args, path: Path) -> None:
     for axes in (one, many):
         axes.set(xlabel="agents", xticks=ns)
     many.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def issm_error(dim: int, num_candidates: int, num_uniform: int, repeats: int = 400) -> tuple[float, float]:
@@ -815,7 +806,8 @@ def issm_error(dim: int, num_candidates: int, num_uniform: int, repeats: int = 4
 def plot_issm(args: Args, path: Path) -> None:
     """Error of ISSM's score against the number of candidates, and the effective sample size against the dimension."""
     torch.manual_seed(args.seed)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), dpi=100)
+    figure = Figure(figsize=(9, 3.4), dpi=100, layout="tight")
+    left, right = figure.subplots(1, 2)
     sizes = np.array([16, 64, 256, 1024, 4096])
     for dim in (1, 2, 4):
         errors = [issm_error(dim, size, size // 4)[0] for size in sizes]
@@ -828,9 +820,7 @@ def plot_issm(args: Args, path: Path) -> None:
     right.set(xlabel="dimension of the action", ylabel="effective sample size of 16 candidates", xticks=dims)
     left.legend()
     right.legend()
-    figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def print_table(args: Args, rows: list[dict]) -> None:

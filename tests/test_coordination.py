@@ -201,12 +201,20 @@ def test_train_writes_what_it_returns():
     assert again["rows"] == result["rows"]
 
 
+def test_full_draws_all_figures():
+    args = Args(num_seeds=2, total_timesteps=480, num_agents=(2,), num_processes=1, policies=("diffusion",), full=True)
+    folder = Path(train(args)["run_dir"])
+    figures = {path.stem for path in folder.glob("*.png") if path.stat().st_size > 5_000}
+    assert figures == {"success", "training", "nash_gap", "exact", "issm"}
+
+
 @pytest.mark.parametrize(
     "options, named",
     [
         ({"num_agents": (9,)}, "--num-agents"),
         ({"num_agents": ()}, "--num-agents"),
         ({"policies": ()}, "--policies"),
+        ({"policies": ("uniform",), "full": True}, "--full"),
         ({"tolerance": 0.5}, "--tolerance"),
         ({"bonus": 0.0}, "--bonus"),
         ({"sigmas": ()}, "--sigmas"),
