@@ -1,4 +1,4 @@
-"""DDPL on a coordination game: why diffusion policies, in one minute.
+"""DDPL on a coordination game: why diffusion policies, in a minute or so.
 
 DDPL is from Zhang, Balim, Li, "Decentralized Diffusion Policy Learning for Enhanced Exploration in Cooperative
 Multi-agent Reinforcement Learning", arXiv 2605.07101 (2026). Only its abstract could be read and no code is public, so
@@ -17,7 +17,7 @@ all stand at +0.7. An agent that drops either peak before the team has met there
 
 Compared with three others on the same critic: a Gaussian learned by the reparameterised KL, as in soft actor-critic;
 the Gaussian with the mean and deviation of the energy-based policy, which needs no learning; and uniform actions.
-All seeds train side by side, in one stack of weights. A run takes a minute, so there are no checkpoints to resume.
+All seeds train side by side, in one stack of weights. A run is short, so there are no checkpoints to resume.
 """
 
 import csv
@@ -188,7 +188,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = F.relu(layer(x))
+            x = layer(x).relu_()
         return self.value(x).squeeze(-1)
 
 
@@ -480,7 +480,7 @@ def learn(args: Args, policy: Policy, num_agents: int) -> dict[str, np.ndarray]:
 
     first_success [S]: joint actions until the first success, or total_timesteps + 1 if there was none.
     final_success, final_return, nash_gap [S]: of 1,000 joint actions of the final policies.
-    gaps [20, S]: Nash gaps over training. snapshots [20, N, 500]: actions of the first seed's agents over training, and
+    gaps [20, S]: Nash gaps over training. snapshots [20, N, 300]: actions of the first seed's agents over training, and
     energy [N, G] what they are worth at the end: E[Q(a_i, a_-i)] on GRID.
     """
     torch.set_num_threads(1)
@@ -515,7 +515,7 @@ def learn(args: Args, policy: Policy, num_agents: int) -> dict[str, np.ndarray]:
 
         # Look.
         if policy != "uniform" and played * 20 // args.total_timesteps > step * 20 // args.total_timesteps:
-            snapshot = learner.joint(learner.policy.sample(500))
+            snapshot = learner.joint(learner.policy.sample(300))
             if not snapshot.isfinite().all():
                 raise RunError(f"the actions of the {policy} policy are NaN after {played} joint actions")
             snapshots.append(snapshot[0].T)
@@ -654,7 +654,7 @@ def plot_training(args: Args, runs: dict, path: Path) -> None:
     for row, policy in zip(figure.subplots(len(policies), n + 1, squeeze=False, sharey=True), policies):
         run = runs[policy, n]
         for agent in range(n):
-            drawn = run["snapshots"][:, agent]  # [20, 500]
+            drawn = run["snapshots"][:, agent]  # [20, 300]
             density = [np.histogram(actions, bins=50, range=(-1, 1), density=True)[0] for actions in drawn]
             extent = (0, args.total_timesteps, -1, 1)
             row[agent].imshow(np.array(density).T, origin="lower", aspect="auto", extent=extent, vmax=3)
