@@ -159,13 +159,14 @@ def test_number_of_agents_where_the_task_fixes_it():
         dict(target_entropy=1.0),
         dict(sigmas=()),
         dict(sigmas=(0.1, -0.1)),
+        dict(num_per_kernel=1, num_uniform=0, sigmas=(0.1,)),
         dict(checkpoint_interval=0),
         dict(buffer_size=3),
     ],
     ids=str,
 )
 def test_invalid_numbers(options):
-    (name,) = options
+    name, *_ = options  # the first is the one to be named
     message = error_of(**options)
     assert f"--{name.replace('_', '-')}" in message and "must be" in message and not Path("runs").exists()
 
