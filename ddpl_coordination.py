@@ -1,4 +1,4 @@
-"""DDPL on a coordination game: why diffusion policies, in a minute or so.
+"""DDPL on a coordination game: why diffusion policies, in a minute.
 
 DDPL is from Zhang, Balim, Li, "Decentralized Diffusion Policy Learning for Enhanced Exploration in Cooperative
 Multi-agent Reinforcement Learning", arXiv 2605.07101 (2026). Only its abstract could be read and no code is public, so
@@ -480,8 +480,8 @@ def learn(args: Args, policy: Policy, num_agents: int) -> dict[str, np.ndarray]:
 
     first_success [S]: joint actions until the first success, or total_timesteps + 1 if there was none.
     final_success, final_return, nash_gap [S]: of 1,000 joint actions of the final policies.
-    gaps [20, S]: Nash gaps over training. snapshots [20, N, 300]: actions of the first seed's agents over training, and
-    energy [N, G] what they are worth at the end: E[Q(a_i, a_-i)] on GRID.
+    With --full also gaps [20, S]: Nash gaps over training; snapshots [20, N, 500]: actions of the first seed's agents
+    over training; and energy [N, G]: what they are worth at the end, E[Q(a_i, a_-i)] on GRID.
     """
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -515,24 +515,22 @@ def learn(args: Args, policy: Policy, num_agents: int) -> dict[str, np.ndarray]:
 
         # Look.
         if policy != "uniform" and played * 20 // args.total_timesteps > step * 20 // args.total_timesteps:
-            snapshot = learner.joint(learner.policy.sample(300))
+            snapshot = learner.joint(learner.policy.sample(500))
             if not snapshot.isfinite().all():
                 raise RunError(f"the actions of the {policy} policy are NaN after {played} joint actions")
-            snapshots.append(snapshot[0].T)
-            gaps.append(nash_gap(snapshot[:, :100], args))
+            if args.full:
+                snapshots.append(snapshot[0].T)
+                gaps.append(nash_gap(snapshot[:, :100], args))
 
     outcome = {"first_success": first_success}
     if policy == "uniform":
         final = 2 * torch.rand(args.num_seeds, 1000, num_agents) - 1
     else:
         final = learner.joint(learner.policy.sample(1000))
+    if args.full and policy != "uniform":
         others = learner.policy.sample(200)
-        energy = learner.score(others, GRID[:, None, None].expand(len(others), -1, 200, 1))
-        outcome |= {
-            "snapshots": torch.stack(snapshots),
-            "gaps": torch.stack(gaps),
-            "energy": energy[:num_agents].mean(2),
-        }
+        energy = learner.score(others, GRID[:, None, None].expand(len(others), -1, 200, 1))[:num_agents].mean(2)
+        outcome |= {"snapshots": torch.stack(snapshots), "gaps": torch.stack(gaps), "energy": energy}
     outcome["final_success"] = success(final, args).float().mean(1)
     outcome["final_return"] = team_reward(final, args).mean(1)
     outcome["nash_gap"] = nash_gap(final[:, :200], args)
@@ -654,7 +652,7 @@ def plot_training(args: Args, runs: dict, path: Path) -> None:
     for row, policy in zip(figure.subplots(len(policies), n + 1, squeeze=False, sharey=True), policies):
         run = runs[policy, n]
         for agent in range(n):
-            drawn = run["snapshots"][:, agent]  # [20, 300]
+            drawn = run["snapshots"][:, agent]  # [20, 500]
             density = [np.histogram(actions, bins=50, range=(-1, 1), density=True)[0] for actions in drawn]
             extent = (0, args.total_timesteps, -1, 1)
             row[agent].imshow(np.array(density).T, origin="lower", aspect="auto", extent=extent, vmax=3)
