@@ -459,9 +459,10 @@ def update_moments(learner: Learner, actions: Tensor) -> None:
     update_temperature(learner, entropy_of(density) - learner.args.target_entropy)
 
 
-def update_temperature(learner: Learner, excess: Tensor) -> None:
-    """Lower the temperature of an agent whose entropy exceeds its target, by excess [S N]; raise it where < 0."""
+def update_temperature(learner: Learner, excess: Tensor) -> dict[str, Tensor]:
+    """Lower the temperature of an agent whose entropy exceeds its target, by excess [N]; raise it where that is < 0."""
     take_step(learner.temperature_optimizer, (learner.log_temperature * excess).sum())
+    return {"policy/temperature": learner.log_temperature.detach().exp().mean()}
 
 
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -549,6 +550,8 @@ def check_args(args: Args) -> None:
     require("full", not args.full or set(args.policies) != {"uniform"}, "used with a policy that learns")
     require("tolerance", 0 < args.tolerance <= 1 - PEAK, "above 0, at most 0.3, so that it stays inside the box")
     require("bonus", 0 < args.bonus < math.inf, "a number above 0, or there is nothing to coordinate")
+    candidates = args.num_uniform + len(args.sigmas) * args.num_per_kernel
+    require("num_per_kernel", candidates > 1, "large enough for two candidates")
     require("sigmas", args.sigmas and all(0 < s <= 1 for s in args.sigmas), "one or more numbers above 0, at most 1")
     require("target_entropy", args.target_entropy < math.log(2), "below 0.69, the uniform policy's entropy")
     for name in ("critic_lr", "actor_lr", "gaussian_lr", "init_temperature", "temperature_lr"):
@@ -719,10 +722,11 @@ def fit_issm(args: Args, num_updates: int = 1000) -> DiffusionPolicy:
     return learner.policy
 
 
-def chances(args: Args) -> dict[str, np.ndarray]:
+def chances(args: Args, fits: Tensor) -> dict[str, np.ndarray]:
     """Each policy's chance [K] to stand within the tolerance of +0.7 while it knows its own payoff alone.
 
-    K is the number of equally likely outcomes: the fits of fit_issm, and the two modes that the reverse KL may pick.
+    K is the number of equally likely outcomes: the fits of fit_issm, of which `fits` [K, B] are samples, and the two
+    modes that the reverse KL may pick.
     """
     density, low, high = before_the_bonus(args), PEAK - args.tolerance, PEAK + args.tolerance
     mean, std = (value.item() for value in moments(density))
@@ -731,11 +735,10 @@ def chances(args: Args) -> dict[str, np.ndarray]:
     def between(mean: float, std: float, low: float, high: float) -> float:
         return norm.cdf(high, mean, std) - norm.cdf(low, mean, std)
 
-    samples = fit_issm(args).sample(4000)[..., 0]
     chosen = [between(sign * kl_mean, kl_std, math.atanh(low), math.atanh(high)) for sign in (1, -1)]
     return {
         "energy-based policy": density[(GRID > low) & (GRID < high)].sum(0, keepdim=True).numpy() * 2 / len(GRID),
-        "its ISSM fit": ((samples - PEAK).abs() < args.tolerance).float().mean(1).numpy(),
+        "its ISSM fit": ((fits - PEAK).abs() < args.tolerance).float().mean(1).numpy(),
         "Gaussian, its mean and deviation": np.array([between(mean, std, low, high)]),
         "Gaussian, least KL": np.array(chosen),
         "uniform": np.array([args.tolerance]),
@@ -754,8 +757,8 @@ def plot_exact(args: Args, path: Path) -> None:
     left, one, many = figure.subplots(1, 3)
     density, grid = before_the_bonus(args), GRID.numpy()
     left.plot(grid, density, color="black")
-    samples = fit_issm(args).sample(4000).flatten()
-    left.hist(samples.numpy(), bins=100, range=(-1, 1), density=True, color=COLORS["diffusion"], alpha=0.5)
+    fits = fit_issm(args).sample(4000)[..., 0]
+    left.hist(fits.flatten().numpy(), bins=100, range=(-1, 1), density=True, color=COLORS["diffusion"], alpha=0.5)
     mean, std = (value.item() for value in moments(density))
     left.plot(grid, norm.pdf(grid, mean, std), color=COLORS["moments"])
     mean, std = gaussian_kl(density)
@@ -763,7 +766,7 @@ def plot_exact(args: Args, path: Path) -> None:
     left.set(xlabel="action", ylabel="density")
     colors = ["black", COLORS["diffusion"], COLORS["moments"], COLORS["gaussian"], COLORS["uniform"]]
     ns = np.arange(1, 9)
-    for (name, chance), color in zip(chances(args).items(), colors):
+    for (name, chance), color in zip(chances(args, fits).items(), colors):
         single, repeated = np.array([meeting(chance, n) for n in ns]).T
         one.plot(ns, single, marker="o", color=color)
         many.plot(ns, repeated, marker="o", color=color, label=name)

@@ -137,7 +137,7 @@ def test_moments_policy_matches_the_energy():
 
 def test_energy_policy_and_its_fits_without_learning_a_critic():
     """Chances at +0.7 against quadrature; ISSM keeps most of them, and the least KL sits on one mode."""
-    chances = ddpl_coordination.chances(JOINT)
+    chances = ddpl_coordination.chances(JOINT, ddpl_coordination.fit_issm(JOINT).sample(4000)[..., 0])
 
     def advantage(a):
         return math.exp(-(((a - 0.7) / 0.2) ** 2) / 2) - 1
@@ -222,6 +222,7 @@ def test_full_draws_all_figures():
         ({"actor_lr": 0.0}, "--actor-lr"),
         ({"num_seeds": 0}, "--num-seeds"),
         ({"num_uniform": -1}, "--num-uniform"),
+        ({"num_per_kernel": 1, "num_uniform": 0, "sigmas": (0.1,)}, "--num-per-kernel"),
         ({"total_timesteps": 10}, "--total-timesteps"),
     ],
 )

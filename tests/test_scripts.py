@@ -23,7 +23,6 @@ DIFFERENT = {
     "update_local_critic": "no observations in the coordination game",
     "update_diffusion": "no observations, padding or blocks in the coordination game",
     "update_gaussian": "no observations in the coordination game",
-    "update_temperature": "no metrics in the coordination game",
     "check_args": "every script has its own settings",
     "train": "every script has its own loop",
     "main": "the coordination game has no --evaluate",
