@@ -61,7 +61,7 @@ class Args:
     # Run
     policies: tuple[Policy, ...] = ("diffusion", "gaussian", "moments", "uniform")
     """Which policies to compare."""
-    total_timesteps: int = 10_000
+    total_timesteps: int = 8_000
     """Joint actions in each run."""
     num_seeds: int = 20
     """Independent runs of each policy, trained side by side."""
@@ -425,7 +425,8 @@ def propose(args: Args, actions: Tensor) -> tuple[Tensor, Tensor]:
 def match(learner: Learner, candidates: Tensor, weights: Tensor) -> None:
     """Teach the denoisers the exact denoiser of the weighted candidates, at noisy points around resampled ones."""
     args, policy = learner.args, learner.policy
-    draws = weights.transpose(1, 2).flatten(0, 1).multinomial(args.num_noise_draws, replacement=True)
+    chances = weights.transpose(1, 2).flatten(0, 1).nan_to_num(1)  # multinomial raises at NaN; the loss shows it
+    draws = chances.multinomial(args.num_noise_draws, replacement=True)
     draws = draws.view(len(weights), -1, args.num_noise_draws).transpose(1, 2)  # [S N, R, B]
     x_0 = candidates.gather(1, draws[..., None])
     t = torch.randint(1, args.denoising_steps + 1, draws.shape)
@@ -515,11 +516,12 @@ def learn(args: Args, policy: Policy, num_agents: int) -> dict[str, np.ndarray]:
             update_policy(learner, drawn[:, args.num_envs :])
 
         # Look.
-        if policy != "uniform" and played * 20 // args.total_timesteps > step * 20 // args.total_timesteps:
-            snapshot = learner.joint(learner.policy.sample(500))
-            if not snapshot.isfinite().all():
+        if played * 20 // args.total_timesteps > step * 20 // args.total_timesteps:
+            if not new.isfinite().all():
                 raise RunError(f"the actions of the {policy} policy are NaN after {played} joint actions")
-            if args.full:
+            if args.full and policy != "uniform":
+                with torch.random.fork_rng(devices=[]):  # a run is the same with and without its figures
+                    snapshot = learner.joint(learner.policy.sample(500))
                 snapshots.append(snapshot[0].T)
                 gaps.append(nash_gap(snapshot[:, :100], args))
 

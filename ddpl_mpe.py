@@ -602,7 +602,8 @@ def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str
     # 3. Match: noisy points around resampled candidates, each with its exact denoiser as the target.
     with torch.no_grad():
         num_agents, num_candidates, batch_size = weights.shape
-        draws = weights.transpose(1, 2).flatten(0, 1).multinomial(args.num_noise_draws, replacement=True)
+        chances = weights.transpose(1, 2).flatten(0, 1).nan_to_num(1)  # multinomial raises at NaN; the loss shows it
+        draws = chances.multinomial(args.num_noise_draws, replacement=True)
         draws = draws.view(num_agents, batch_size, -1).transpose(1, 2)  # [N, R, B]
         x_0 = candidates.gather(1, draws[..., None].expand(-1, -1, -1, candidates.shape[-1]))
         t = torch.randint(1, args.denoising_steps + 1, draws.shape, device=draws.device)
@@ -857,6 +858,7 @@ def train(args: Args) -> dict:
             actions = (2 * torch.rand(args.num_envs, *mask.shape) - 1) * mask
         else:
             actions = learner.policy.sample(torch.from_numpy(obs).transpose(0, 1)).transpose(0, 1)
+        check_finite([("the action", actions)], global_step)
         next_obs, reward, terminated, truncated = env.step(actions.numpy())
         previous_step, global_step = global_step, global_step + args.num_envs
 

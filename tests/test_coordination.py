@@ -5,6 +5,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,18 @@ def test_full_draws_all_figures():
     folder = Path(train(args)["run_dir"])
     figures = {path.stem for path in folder.glob("*.png") if path.stat().st_size > 5_000}
     assert figures == {"success", "training", "nash_gap", "exact", "issm"}
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian", "moments"])
+def test_diverging_run_says_where(policy):
+    with pytest.raises(RunError, match=f"the actions of the {policy} policy are NaN after 300 joint actions"):
+        learn(Args(num_seeds=2, total_timesteps=1000, critic_lr=1e30), policy, 2)
+
+
+def test_a_run_is_the_same_with_and_without_its_figures():
+    args = Args(num_seeds=2, total_timesteps=480)
+    plain, full = learn(args, "diffusion", 2), learn(replace(args, full=True), "diffusion", 2)
+    assert all(np.array_equal(plain[name], full[name]) for name in plain) and len(full["gaps"]) == 20
 
 
 @pytest.mark.parametrize(

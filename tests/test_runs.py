@@ -243,6 +243,13 @@ def test_nan_weights_are_never_saved(monkeypatch):
     assert torch.load(checkpoint, weights_only=True)["learner"]["critic.hidden.weight"].isfinite().all()
 
 
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+@pytest.mark.parametrize("option", ["critic_lr", "actor_lr", "temperature_lr"])
+def test_diverging_run_says_where(policy, option):
+    message = error_of(**SMALL | {option: 1e30, "policy": policy, "log_interval": 10_000, "eval_interval": 10_000})
+    assert "the action is NaN or infinite at step" in message
+
+
 def test_track_without_wandb(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install wandb" in error_of(**SMALL, track=True)
