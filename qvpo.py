@@ -242,7 +242,7 @@ class DiffusionPolicy(nn.Module):
         return self.step(self.time(self.sinusoids))
 
     def forward(self, context: Tensor, x_t: Tensor) -> Tensor:
-        """The noise in actions [K, B, D]; context [K or 1, B, H] is the first layer's share of their (observation, t)."""
+        """The noise in actions [K, B, D]; context [K or 1, B, H] is the first layer's sum for observation and step."""
         hidden = F.silu(self.noisy_action(x_t) + context)
         for layer in self.hidden:
             hidden = F.silu(layer(hidden))
@@ -453,7 +453,7 @@ def update_critic(learner: Learner, batch: Batch) -> dict[str, Tensor]:
 
 
 def update_policy(learner: Learner, obs: Tensor, entropy_weight: float) -> dict[str, Tensor]:
-    """One Q-weighted step of the denoiser towards the best of its own candidates at obs [B, O], with the entropy term."""
+    """One Q-weighted step of the denoiser towards the best of its own candidates at obs [B, O], and entropy."""
     args = learner.args
     with torch.no_grad():
         policy, critic = learner.policy, learner.critic
