@@ -64,7 +64,7 @@ class Args:
     hidden: int | None = None
     """Width of all networks' three hidden layers (laptop 128, paper 256)."""
     denoising_steps: int | None = None
-    """T, the steps of the diffusion (laptop 10, paper 20)."""
+    """T, the steps of the diffusion (laptop 5, paper 20)."""
     num_candidates: int | None = None
     """N_d, actions of which the denoiser learns the best (laptop 16, paper 64)."""
     behavior_candidates: int | None = None
@@ -130,7 +130,7 @@ class Args:
 
 
 PRESETS = {
-    "laptop": dict(hidden=128, denoising_steps=10, num_candidates=16, behavior_candidates=4, target_candidates=2)
+    "laptop": dict(hidden=128, denoising_steps=5, num_candidates=16, behavior_candidates=4, target_candidates=2)
     | dict(batch_size=128, policy_frequency=2, actor_lr=3e-4, learning_starts=1_000),
     "paper": dict(hidden=256, denoising_steps=20, num_candidates=64, behavior_candidates=4, target_candidates=4)
     | dict(batch_size=256, policy_frequency=1, actor_lr=1e-4, learning_starts=10_000),

@@ -52,7 +52,13 @@ class Evaluations(BaseCallback):
                 return torch.from_numpy(self.model.predict(obs.numpy(), deterministic=deterministic)[0])
 
             returns = qvpo.evaluate(act, self.args, episodes, self.num_timesteps)
-            values = (self.num_timesteps, round(time.monotonic() - self.started, 1), mode, returns.mean(), returns.std())
+            values = (
+                self.num_timesteps,
+                round(time.monotonic() - self.started, 1),
+                mode,
+                returns.mean(),
+                returns.std(),
+            )
             self.rows.append(dict(zip(qvpo.EVALUATION_COLUMNS, (*values, episodes))))
         qvpo.write_evaluations(self.run_dir, self.rows)
         return returns  # of the deterministic policy
