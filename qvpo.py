@@ -175,12 +175,12 @@ def make_vector_env(env_id: str, num_envs: int) -> SyncVectorEnv:
     return SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
 
 
-def episode_seeds(stream: int, seed: int, episode: int, num_envs: int) -> list[int]:
-    """[E] seeds of the copies' next episodes, in the stream of training (0) or evaluation (1) episodes.
+def episode_seeds(stream: int, seed: int, episode: int, num_envs: int) -> np.ndarray:
+    """[E] seeds of the copies' next episode, in the stream of training (0) or evaluation (1) episodes.
 
     They depend on nothing but these numbers, so a resumed run plays the same episodes without saving the environments.
     """
-    return np.random.SeedSequence([stream, seed, episode]).generate_state(num_envs).tolist()
+    return np.random.SeedSequence([stream, seed, episode]).generate_state(num_envs)
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -493,8 +493,8 @@ def evaluate(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         while len(waves) * len(envs) < episodes:
-            seeds = episode_seeds(1, seed, len(waves), len(envs))
-            obs, returns = [env.reset(seed=s)[0] for env, s in zip(envs, seeds)], np.zeros(len(envs))
+            seeds, returns = episode_seeds(1, seed, len(waves), len(envs)), np.zeros(len(envs))
+            obs = [env.reset(seed=int(s))[0] for env, s in zip(envs, seeds)]
             playing = list(range(len(envs)))
             while playing:
                 if video and not waves and 0 in playing:
@@ -680,10 +680,8 @@ def train(args: Args) -> dict:
             if global_step - last_checkpoint >= args.checkpoint_interval:
                 save()
                 last_checkpoint = global_step
-            obs, returns = (
-                env.reset(seed=episode_seeds(0, args.seed, episode, args.num_envs))[0],
-                np.zeros(args.num_envs),
-            )
+            seeds, returns = episode_seeds(0, args.seed, episode, args.num_envs), np.zeros(args.num_envs)
+            obs = env.reset(seed=seeds.tolist())[0]
             episode += 1
 
         # Act.

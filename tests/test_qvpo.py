@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 import qvpo
 from benchmark.qvpo_published import PublishedLearner
-from qvpo import Args, Batch, Learner, ReplayBuffer, evaluate, main, make_env, train, with_preset
+from qvpo import Args, Batch, Learner, ReplayBuffer, main, make_env, train, with_preset
 
 SCRIPT = Path(qvpo.__file__)
 SIZES = dict(hidden=16, denoising_steps=3, num_candidates=4, batch_size=16, num_uniform=2)
