@@ -701,7 +701,7 @@ def train(args: Args) -> dict:
         if ended.any():
             episode_return = float(returns[ended].mean())
             next_obs, returns = env.reset(options={"reset_mask": ended})[0], np.where(ended, 0, returns)
-        obs = next_obs.copy()
+        obs = next_obs
 
         # Learn.
         while args.learning_starts + updates * args.steps_per_update < global_step:
