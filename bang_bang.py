@@ -342,8 +342,8 @@ class Normalizer:
         return (reward / np.sqrt(self.returns.var + 1e-8)).clip(-10, 10)
 
     def state_dict(self) -> dict:
-        statistics = [torch.as_tensor(x) for r in (self.obs, self.returns) for x in (r.mean, r.var, r.count)]
-        return {"statistics": statistics}
+        statistics = [x for rms in (self.obs, self.returns) for x in (rms.mean, rms.var, rms.count)]
+        return {"statistics": [torch.as_tensor(x, dtype=torch.float64) for x in statistics]}
 
     def load_state_dict(self, state: dict) -> None:
         for rms, start in ((self.obs, 0), (self.returns, 3)):
@@ -395,7 +395,7 @@ def advantages(rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float
 
 
 def update(learner: Learner, rollout: Rollout) -> dict[str, Tensor]:
-    """Epochs of minibatch steps on the clipped surrogate of a rollout (Schulman et al. 2017, eq. 7, 9); gives metrics []."""
+    """Epochs of minibatch steps on the clipped surrogate (Schulman et al. 2017, eq. 7 and 9); returns metrics []."""
     args, policy = learner.args, learner.policy
     with torch.no_grad():
         old = policy(rollout.obs)

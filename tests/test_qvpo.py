@@ -269,9 +269,10 @@ def test_terminated_transitions_say_so(monkeypatch):
     assert torch.equal(continues, ~(rows.terminated[:-1] | checkpoints))
 
 
-def test_copies_play_different_episodes(monkeypatch):
-    rows = recorded(monkeypatch, num_envs=2, total_timesteps=200)
-    assert not torch.equal(rows.obs[0, 0], rows.obs[0, 1])
+def test_copies_and_checkpoints_start_different_episodes(monkeypatch):
+    rows = recorded(monkeypatch, num_envs=2)
+    starts = rows.obs[[0, 125]].flatten(0, 1)  # of both copies, at the start and after the first checkpoint
+    assert len(starts.unique(dim=0)) == 4
 
 
 # ---- run folders

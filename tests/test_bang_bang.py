@@ -1,0 +1,493 @@
+"""bang_bang.py: its distributions, advantages and normalisation, its loop on real tasks, its run folders."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, TransformedDistribution, kl_divergence
+from torch.distributions.transforms import TanhTransform
+
+import bang_bang
+from bang_bang import ActionCost, Args, Learner, Normalizer, Rollout, evaluate, main, make_costly_env, make_env, train
+from benchmark.double_integrator import grid_of_starts, optimal_force, times_to_goal, trained_force
+
+SCRIPT = Path(bang_bang.__file__)
+SMALL = dict(env_id="Pendulum-v1", total_timesteps=900, num_steps=100, num_minibatches=2, update_epochs=2, hidden=16)
+SMALL |= dict(eval_interval=300, eval_episodes=2, final_eval_episodes=3, checkpoint_interval=250)
+HEADS = [
+    dict(policy="bernoulli"),
+    dict(policy="categorical"),
+    dict(policy="categorical", bins=5),
+    dict(policy="gaussian"),
+    dict(policy="gaussian", squash="tanh"),
+]
+
+
+def policy_of(**options):
+    """A policy for three observations and two action dimensions, away from its start."""
+    policy = Learner(Args(**options), 3, 2).policy
+    for parameter in policy.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return policy
+
+
+def reference(policy, parameters):
+    """The same distribution in torch.distributions."""
+    if isinstance(policy, bang_bang.BernoulliPolicy):
+        return Independent(Bernoulli(logits=parameters), 1)
+    if isinstance(policy, bang_bang.CategoricalPolicy):
+        return Independent(Categorical(logits=parameters), 1)
+    return Independent(Normal(parameters[0], parameters[1].exp()), 1)
+
+
+# ---- distributions
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_heads_are_those_of_torch(options):
+    policy, obs = policy_of(**options), torch.randn(7, 4, 3)
+    p, q = policy(obs), policy_of(**options)(obs)
+    theirs, tanh = reference(policy, p), options.get("squash") == "tanh"
+    choice = policy.sample(p)
+    assert choice.shape == (7, 4, 2) and policy.mode(p).shape == (7, 4, 2)
+    actions = policy.action(choice)
+    assert actions.shape == (7, 4, 2) and actions.abs().max() <= 1
+    executed = TransformedDistribution(theirs, TanhTransform()) if tanh else theirs
+    value = actions if tanh else choice
+    torch.testing.assert_close(policy.log_prob(p, choice), executed.log_prob(value), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(policy.kl(p, q), kl_divergence(theirs, reference(policy, q)))
+    if not tanh:
+        torch.testing.assert_close(policy.entropy(p), theirs.entropy())
+
+
+def test_entropy_under_tanh_against_quadrature():
+    """-E[log p(a)], with the density of a on a fine grid."""
+    policy = policy_of(policy="gaussian", squash="tanh")
+    for mean, std in ((0.0, 0.5), (1.2, 0.3), (-0.4, 1.5)):
+        parameters = torch.tensor([[[mean]], [[math.log(std)]]])
+        u = torch.linspace(mean - 8 * std, mean + 8 * std, 40_001)[:, None]
+        density = Normal(mean, std).log_prob(u[:, 0]).exp()
+        log_prob = policy.log_prob(parameters.expand(2, len(u), 1), u)
+        expected = -torch.trapezoid(density * log_prob, u[:, 0])
+        torch.testing.assert_close(policy.entropy(parameters)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_samples_follow_the_probabilities(options):
+    """Their mean log-probability is minus the entropy (of the choice, except under tanh); the mode is most likely."""
+    policy = policy_of(**options)
+    parameters = policy(torch.randn(1, 3).expand(50_000, 3))
+    log_prob = policy.log_prob(parameters, policy.sample(parameters)).mean()
+    torch.testing.assert_close(log_prob, -policy.entropy(parameters)[0], atol=0.03, rtol=0)
+    if options.get("squash") != "tanh":
+        best = policy.log_prob(parameters, policy.mode(parameters))[0]
+        assert best >= policy.log_prob(parameters, policy.sample(parameters)).max() - 1e-5
+
+
+def test_two_bins_are_bernoulli():
+    bernoulli, two = policy_of(policy="bernoulli"), policy_of(policy="categorical", bins=2)
+    logits = torch.randn(6, 2)
+    log_probs = torch.stack([torch.zeros(6, 2), logits], -1).log_softmax(-1)
+    choice = torch.randint(2, (6, 2))
+    torch.testing.assert_close(two.log_prob(log_probs, choice), bernoulli.log_prob(logits, choice.float()))
+    torch.testing.assert_close(two.entropy(log_probs), bernoulli.entropy(logits))
+    torch.testing.assert_close(two.action(choice), bernoulli.action(choice.float()))
+    assert torch.equal(two.mode(log_probs), bernoulli.mode(logits).long())
+
+
+def test_what_each_head_can_play():
+    for options, values in ((HEADS[0], {-1, 1}), (HEADS[1], {-1, 0, 1}), (HEADS[2], {-1, -0.5, 0, 0.5, 1})):
+        policy = policy_of(**options)
+        assert set(policy.action(policy.sample(policy(torch.randn(500, 3)))).flatten().tolist()) == values
+    policy = policy_of(**HEADS[3])
+    assert policy.action(torch.tensor([-3.0, 0.2, 1.5])).tolist() == pytest.approx([-1, 0.2, 1])
+
+
+# ---- advantages, update
+
+
+def rollout_of(reward, terminated, ended):
+    steps, copies = reward.shape
+    obs = torch.zeros(steps, copies, 3)
+    return Rollout(obs, torch.zeros(steps, copies, 2), reward, terminated, ended, obs)
+
+
+def test_advantages_are_the_brute_force_sum():
+    """Of (gamma lambda)^k delta_{t+k} up to the episode's end, with both kinds of ends."""
+    steps, copies, gamma, gae_lambda = 12, 2, 0.9, 0.8
+    terminated = (torch.rand(steps, copies) < 0.2).float()
+    ended = torch.maximum(terminated, (torch.rand(steps, copies) < 0.2).float())
+    assert 0 < terminated.sum() < ended.sum()
+    reward, value, next_value = torch.randn(3, steps, copies)
+    rollout = rollout_of(reward, terminated, ended)
+    ours = bang_bang.advantages(rollout, value, next_value, gamma, gae_lambda)
+    for e in range(copies):
+        for t in range(steps):
+            total, discount = 0.0, 1.0
+            for k in range(t, steps):
+                bootstrap = 0 if terminated[k, e] else gamma * next_value[k, e]
+                total += discount * (reward[k, e] + bootstrap - value[k, e])
+                discount *= gamma * gae_lambda
+                if ended[k, e]:
+                    break
+            torch.testing.assert_close(ours[t, e], total)
+
+
+def real_rollout(learner, steps=64):
+    obs, next_obs = torch.randn(2, steps, 2, 3)
+    with torch.no_grad():
+        choice = learner.policy.sample(learner.policy(obs))
+    ended = (torch.rand(steps, 2) < 0.05).float()
+    return Rollout(obs, choice, torch.randn(steps, 2), ended, ended, next_obs)
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_first_gradient_is_the_policy_gradient(options, monkeypatch):
+    """At ratio 1 the clipped surrogate's gradient is that of mean(advantage * log pi), of any head; values regress."""
+    learner = Learner(
+        Args(update_epochs=1, num_minibatches=1, value_coefficient=0.7, entropy_coefficient=0.1, **options), 3, 2
+    )
+    rollout, losses = real_rollout(learner), []
+    monkeypatch.setattr(bang_bang, "take_step", lambda optimizer, loss, norm: losses.append(loss))
+    bang_bang.update(learner, rollout)
+    ours = torch.autograd.grad(losses[0], list(learner.parameters()))
+    with torch.no_grad():
+        value, next_value = learner.value(rollout.obs)[..., 0], learner.value(rollout.next_obs)[..., 0]
+        advantage = bang_bang.advantages(rollout, value, next_value, 0.99, 0.95)
+        target, weight = advantage + value, (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    parameters = learner.policy(rollout.obs)
+    gain = (weight * learner.policy.log_prob(parameters, rollout.choice)).mean()
+    error = (learner.value(rollout.obs)[..., 0] - target).square().mean()
+    loss = -gain - 0.1 * learner.policy.entropy(parameters).mean() + 0.7 * 0.5 * error
+    for a, b in zip(ours, torch.autograd.grad(loss, list(learner.parameters()))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_ratios_beyond_the_clip_do_not_pay(monkeypatch):
+    """After a step that moved all ratios far, the policy's gradient comes only from samples that it moved wrongly."""
+    learner = Learner(Args(update_epochs=2, num_minibatches=1, value_coefficient=0.0), 3, 2)
+    rollout, gradients = real_rollout(learner), []
+    old = learner.policy.log_prob(learner.policy(rollout.obs), rollout.choice).detach()
+
+    def spy(optimizer, loss, norm):
+        gradients.append(torch.autograd.grad(loss, learner.policy.network[-1].bias)[0])
+        learner.policy.network[-1].bias.data += 2.0  # towards the upper bound
+
+    monkeypatch.setattr(bang_bang, "take_step", spy)
+    bang_bang.update(learner, rollout)
+    learner.policy.network[-1].bias.data -= 2.0
+    with torch.no_grad():
+        value, next_value = learner.value(rollout.obs)[..., 0], learner.value(rollout.next_obs)[..., 0]
+        advantage = bang_bang.advantages(rollout, value, next_value, 0.99, 0.95)
+        weight = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    ratio = (learner.policy.log_prob(learner.policy(rollout.obs), rollout.choice) - old).exp()
+    pays = ((weight > 0) & (ratio < 1.2)) | ((weight < 0) & (ratio > 0.8))
+    expected = torch.autograd.grad(-(ratio * weight * pays).mean(), learner.policy.network[-1].bias)[0]
+    torch.testing.assert_close(gradients[1], expected, rtol=1e-3, atol=1e-5)
+    assert 0 < pays.float().mean() < 1
+
+
+# ---- environment and normalisation
+
+
+class Lopsided(gym.Env):
+    """Actions in [-1, 3] and [0, 0.5], played back as the observation."""
+
+    observation_space = gym.spaces.Box(-10, 10, (2,), np.float32)
+    action_space = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([3, 0.5], np.float32))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.array(action, np.float32), 1.0, False, False, {}
+
+
+gym.register("Lopsided-v0", Lopsided, max_episode_steps=10)
+
+
+def test_actions_reach_the_bounds_of_a_lopsided_box():
+    env = make_env("Lopsided-v0")
+    env.reset(seed=0)
+    for action, expected in (([-1, -1], [-1, 0]), ([1, 1], [3, 0.5]), ([0, 0], [1, 0.25]), ([0.5, -0.5], [2, 0.125])):
+        np.testing.assert_allclose(env.step(np.array(action, np.float32))[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("form, cost", [("l1", 0.2 * 1.5), ("l2", 0.2 * 0.5 * 1.25)])
+def test_action_cost_is_taken_from_the_reward(form, cost):
+    env = ActionCost(make_env("Lopsided-v0"), 0.2, form)
+    env.reset(seed=0)
+    _, reward, _, _, info = env.step(np.array([1, -0.5], np.float32))
+    assert reward == pytest.approx(1 - cost) and info["action_cost"] == pytest.approx(cost)
+
+
+def test_evaluation_measures_what_was_played():
+    """Ten steps: half of the first dimension's actions at a bound, which changes sides at every other step."""
+    args, step = Args(env_id="Lopsided-v0", action_cost=0.1), iter(range(1000))
+
+    def act(obs):
+        t = next(step)
+        return torch.tensor([[1.0 if t % 4 < 2 else -1.0, 0.2]]).expand(len(obs), 2)
+
+    played = evaluate(act, args, 2, seed=0)
+    assert played["return"] == pytest.approx([10 - 0.1 * 12] * 2) and played["return_without_cost"] == pytest.approx(
+        [10] * 2
+    )
+    assert played["saturation"] == pytest.approx([0.5] * 2) and played["switching_rate"] == pytest.approx([4 / 18] * 2)
+
+
+def test_normalizer_has_the_statistics_of_what_it_saw():
+    normalizer, obs = Normalizer(3, 4, 0.9), np.random.default_rng(0).normal(2, 5, (100, 4, 3))
+    for rows in obs:
+        normalizer.obs.update(rows)
+    scaled = normalizer(obs.reshape(-1, 3))
+    assert scaled.dtype == torch.float32
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(scaled.std(0), torch.ones(3), atol=1e-2, rtol=0)
+    assert normalizer(np.full((1, 3), 1e6)).max() == 10
+
+
+def test_rewards_are_scaled_by_the_deviation_of_discounted_returns():
+    normalizer, rng = Normalizer(1, 2, 0.5), np.random.default_rng(0)
+    discounted, seen = np.zeros(2), []
+    for step in range(200):
+        reward, ended = rng.normal(1, 3, 2), np.array([step % 7 == 6, False])
+        discounted = 0.5 * discounted + reward
+        seen.extend(discounted)
+        scaled = normalizer.scale_reward(reward, ended)
+        discounted[ended] = 0
+    np.testing.assert_allclose(scaled, np.clip(reward / np.std(seen), -10, 10), rtol=1e-2)
+
+
+# ---- training loop
+
+
+def recorded(monkeypatch, **options):
+    rollouts = []
+    learn = bang_bang.update
+    monkeypatch.setattr(
+        bang_bang, "update", lambda learner, rollout: (rollouts.append(rollout), learn(learner, rollout))[1]
+    )
+    train(Args(**SMALL | options))
+    return Rollout(*map(torch.cat, zip(*rollouts)))
+
+
+def test_time_limits_are_not_terminations(monkeypatch):
+    rows = recorded(monkeypatch, num_envs=2, checkpoint_interval=10_000)
+    assert not rows.terminated.any() and rows.ended.any(1).nonzero()[:, 0].tolist() == [199, 399]
+    jump = (rows.next_obs[:-1] - rows.obs[1:]).abs().amax((1, 2))
+    assert jump[199] > 10 * jump[195:199].max()  # the true last observation, not the one after the reset
+
+
+def test_terminations_say_so(monkeypatch):
+    rows = recorded(monkeypatch, env_id="InvertedDoublePendulum-v5", num_envs=2)
+    assert 10 < rows.terminated.sum() < 400 and torch.equal(rows.terminated, rows.ended)
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_run_folder_and_result(options):
+    result = train(Args(**SMALL, num_envs=3, action_cost=0.01, **options))
+    assert result["global_step"] == 900 and len(result["episodic_returns"]) == 3
+    run_dir = Path(result["run_dir"])
+    assert run_dir.name.startswith("bang_bang__Pendulum-v1__1__") and list(run_dir.glob("events.out.tfevents*"))
+    rows = list(csv.DictReader(open(run_dir / "evaluations.csv")))
+    assert [(row["global_step"], row["mode"]) for row in rows] == [
+        (step, mode) for step in ("300", "600", "900") for mode in ("stochastic", "deterministic")
+    ]
+    last = {name: float(value) for name, value in rows[-1].items() if name != "mode"}
+    assert last["return_mean"] == pytest.approx(result["final_return"]) and last["episodes"] == 3
+    assert last["return_mean"] <= last["return_without_cost"] <= 0 and 0 <= last["switching_rate"] <= 1
+    assert last["saturation"] == 1 if options["policy"] == "bernoulli" else 0 <= last["saturation"] <= 1
+
+
+def checkpoint_of(result):
+    return torch.load(f"{result['run_dir']}/checkpoint.pt", weights_only=True)
+
+
+def equal(a, b):
+    """Bit for bit equality of nested dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_same_seed_same_run_and_other_seed_another():
+    first, again, other = (checkpoint_of(train(Args(**SMALL, seed=seed))) for seed in (1, 1, 2))
+    assert equal(first["learner"], again["learner"]) and not equal(first["normalizer"], other["normalizer"])
+
+
+def test_evaluation_does_not_disturb_training():
+    often, rarely = (checkpoint_of(train(Args(**SMALL | dict(eval_interval=n)))) for n in (100, 900))
+    assert equal(often["learner"], rarely["learner"]) and equal(often["normalizer"], rarely["normalizer"])
+
+
+def command(**options):
+    return [sys.executable, str(SCRIPT), *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+
+
+def evaluations(run_dir):
+    rows = list(csv.DictReader(open(Path(run_dir) / "evaluations.csv")))
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_killed_and_resumed_equals_never_killed():
+    """SIGKILL in the middle, twice, on a task whose episodes end at different times; the statistics survive, too."""
+    options = SMALL | dict(env_id="Hopper-v5", num_envs=2, total_timesteps=4_000, update_epochs=10, num_minibatches=10)
+    whole = Path(train(Args(**options))["run_dir"])
+    process = subprocess.Popen(command(**options), stderr=subprocess.DEVNULL)
+    wait_for(process, lambda: len(list(Path("runs").iterdir())) == 2)
+    (run_dir,) = set(Path("runs").iterdir()) - {whole}
+    for reached in (800, 2000):
+        checkpoint = run_dir / "checkpoint.pt"
+        wait_for(process, lambda: checkpoint.exists() and global_step(checkpoint) >= reached)  # noqa: B023
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run_dir / "result.json").exists()
+        process = subprocess.Popen(command(resume=run_dir), stderr=subprocess.DEVNULL)
+    assert process.wait() == 0
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, whole))
+    for key in ("learner", "optimizer", "normalizer", "rng"):
+        assert equal(ours[key], theirs[key])
+    assert evaluations(run_dir) == evaluations(whole)
+
+
+def global_step(path):
+    return torch.load(path, weights_only=True)["progress"][0]
+
+
+def wait_for(process, condition):
+    """Wait until the running process has done something."""
+    while not condition():
+        assert process.poll() is None, "the process ended before"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    subprocess.run(command(**SMALL), cwd=folder, check=True, capture_output=True)
+    return next(folder.glob("runs/*"))
+
+
+def test_resuming_a_finished_run_repeats_its_result(finished):
+    before = json.loads((finished / "result.json").read_text())
+    assert train(Args(resume=str(finished)))["episodic_returns"] == before["episodic_returns"]
+
+
+def test_evaluate_prints_returns_and_films(finished):
+    flags = [*command(evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
+    done = subprocess.run(flags, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("stochastic", "deterministic", "5 episodes", "saturation 1.00", "switching_rate"):
+        assert word in done.stdout
+    for mode in ("stochastic", "deterministic"):
+        assert (finished / f"{mode}.gif").read_bytes()[:3] == b"GIF"
+
+
+# ---- bad input
+
+
+def error_of(**options):
+    """The one line that ends the script with this input."""
+    with pytest.raises(SystemExit) as stopped:
+        main(Args(**options))
+    message = str(stopped.value.code)
+    assert message.startswith("bang_bang.py: error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("env_id, why", [("Hoper-v5", "Did you mean"), ("CartPole-v1", "Discrete")])
+def test_unfit_tasks(env_id, why):
+    message = error_of(env_id=env_id)
+    assert "--env-id" in message and why in message and "Hopper-v5" in message and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_envs=0),
+        dict(total_timesteps=-5),
+        dict(bins=1),
+        dict(num_steps=0),
+        dict(num_minibatches=2048),
+        dict(seed=-1),
+        dict(gamma=1.5),
+        dict(gae_lambda=-0.1),
+        dict(learning_rate=float("nan")),
+        dict(clip_coefficient=0.0),
+        dict(action_cost=-0.1),
+        dict(checkpoint_interval=0),
+    ],
+    ids=str,
+)
+def test_invalid_numbers(options):
+    name, *_ = options  # the first is the one to be named
+    message = error_of(**options)
+    assert f"--{name.replace('_', '-')}" in message and "must be" in message and not Path("runs").exists()
+
+
+def test_invalid_choices_are_listed():
+    for flag, choices in (
+        ("policy", bang_bang.POLICIES),
+        ("squash", ("clip", "tanh")),
+        ("action_cost_form", ("l1", "l2")),
+    ):
+        done = subprocess.run(command(**{flag: "best"}), capture_output=True, text=True)
+        assert done.returncode != 0 and all(choice in done.stderr for choice in choices)
+
+
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+def test_run_folders_that_cannot_be_used(flag, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(finished.parent.parent)
+    assert finished.name in error_of(**{flag: "runs/nothing_here"})
+    (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:5000])
+    assert "damaged" in error_of(**{flag: str(tmp_path)})
+    assert "ran with --policy bernoulli" in error_of(**{flag: str(finished), "policy": "gaussian"})
+
+
+def test_diverging_run_says_where():
+    assert "is NaN or infinite at step" in error_of(**SMALL | dict(learning_rate=1e30))
+
+
+# ---- learning
+
+
+def test_finds_the_switching_curve_of_the_double_integrator():
+    """Its mode takes at most 5 % more time to the goal than the optimal law, on average over a grid of starts."""
+    starts = grid_of_starts()
+    optimal, ours = times_to_goal(optimal_force, starts), times_to_goal(trained_force(), starts)
+    assert ours.mean() < 1.05 * optimal.mean()
+
+
+def test_optimal_law_takes_the_closed_forms_time():
+    """|v| + 2 sqrt(|x| + v^2 / 2), signs towards the switching curve, to the origin; less to a box of 0.1 around it."""
+    starts = grid_of_starts()
+    side = -optimal_force(starts)[:, 0]
+    x, v = side * starts[:, 0], side * starts[:, 1]  # now all start above the curve and brake first
+    closed_form = v + 2 * np.sqrt(x + v**2 / 2)
+    times = times_to_goal(optimal_force, starts)
+    assert (times < closed_form + 0.1).all() and (times > closed_form - 0.5).all()
+
+
+def test_costly_env_is_the_task_where_acting_is_free():
+    free, plain = make_costly_env(Args(env_id="Pendulum-v1")), make_env("Pendulum-v1")
+    free.reset(seed=3), plain.reset(seed=3)
+    action = np.array([0.7], np.float32)
+    assert free.step(action)[1] == plain.step(action)[1]
