@@ -1,6 +1,7 @@
 """What the scripts share stands in each of them, word for word."""
 
 import ast
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -70,6 +71,7 @@ OTHER_ALGORITHMS = {
 PURE = {"noise_schedule", "denoise_step", "propose_actions", "issm_weights", "issm_target"}
 
 
+@cache
 def definitions(script) -> dict[str, str]:
     """Source of every top-level function, class and constant of a script."""
     source = Path(script.__file__).read_text()
