@@ -19,9 +19,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-ARMS = {  # benchmark: its arms, the first of which is compared with the second
+ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mpe": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "qvpo": {"qvpo": "tab:blue", "sac": "tab:orange"},
+    "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
 
 
@@ -30,6 +31,10 @@ def place(args: dict) -> tuple[str, str, str]:
     task = args["env_id"].replace("/", "-")
     if args["script"] == "ddpl_mpe":
         return "mpe", task + (f"_N{args['num_agents'] or 3}" if task == "simple_spread_v3" else ""), args["policy"]
+    if args["script"] == "bang_bang":
+        squash = "-tanh" if args["squash"] == "tanh" else ""
+        entropy = f"-entropy{args['entropy_coefficient']}" if args["entropy_coefficient"] else ""
+        return "bang_bang", task, args["policy"] + squash + entropy
     return "qvpo", task, args["script"] + ("-bfloat16" if args.get("bfloat16") else "")
 
 
@@ -40,7 +45,7 @@ def collect(runs: Path) -> None:
     """
     for result in sorted(runs.glob("*/result.json")):
         args = json.loads((result.parent / "args.json").read_text())
-        if args["script"] not in ("ddpl_mpe", "qvpo", "sac"):
+        if args["script"] not in ("ddpl_mpe", "qvpo", "sac", "bang_bang"):
             continue
         benchmark, task, arm = place(args)
         target = RESULTS / benchmark / task / f"{arm}_{args['seed']}.csv"
@@ -102,7 +107,7 @@ def table_rows(task: Path) -> list[str]:
             cells.append(f"{returns[:, -1].mean():.2f} [{low:.2f}, {high:.2f}]")
         seeds = " ".join(f"{value:.1f}" for value in final[arm, "deterministic"])
         rows.append(f"| {task.name} | {arm} | {cells[0]} | {cells[1]} | {seeds} | {spread:.2f} | {minutes:.1f} |")
-    ours, theirs = (final[arm, "deterministic"] for arm in arms)
+    ours, *_, theirs = (final[arm, "deterministic"] for arm in arms)
     # Resampled with different numbers: the seeds of the two policies are not paired.
     difference = bootstrap(ours) - np.random.default_rng(1).permutation(bootstrap(theirs))
     low, high = interval(difference)
@@ -113,7 +118,7 @@ def table_rows(task: Path) -> list[str]:
 def main() -> None:
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
-    for benchmark in ARMS:
+    for benchmark in (name for name in ARMS if (RESULTS / name).exists()):
         print(
             "| task | policy | deterministic return | stochastic return | deterministic, each seed | spread | minutes |"
         )

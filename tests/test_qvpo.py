@@ -115,6 +115,14 @@ def test_acting_takes_the_best_and_one_candidate_is_plain_sampling():
     assert torch.equal(action, model.policy.sample(obs, 1)[0])
 
 
+def test_evaluation_plays_the_best_of_more_candidates():
+    model, asked = learner(behavior_candidates=3, eval_candidates=7), []
+    model.act = lambda obs, num_candidates: asked.append(num_candidates)
+    for act in qvpo.ways_to_play(model).values():
+        act(None)
+    assert asked == [3, 7] and Args().eval_candidates == 32
+
+
 # ---- losses and updates
 
 

@@ -1,0 +1,59 @@
+"""What trained policies play: histograms of the actions of finished runs of bang_bang.py, sampled and at the mode.
+
+    python benchmark/action_histograms.py runs HalfCheetah-v5
+
+Takes the runs of that task with seed 1, one per head, and writes benchmark/results/bang_bang/actions_<task>.png.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import bang_bang  # noqa: E402
+
+
+def actions_played(run_dir: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """The head of a run, and for each way to play all actions of five episodes."""
+    args, checkpoint = bang_bang.load_checkpoint("--evaluate", run_dir, bang_bang.Args())
+    env = bang_bang.make_costly_env(args)
+    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    learner, normalizer = bang_bang.Learner(args, *sizes), bang_bang.Normalizer(sizes[0], 1, args.gamma)
+    learner.load_state_dict(checkpoint["learner"])
+    normalizer.load_state_dict(checkpoint["normalizer"])
+    played = {}
+    for mode, act in bang_bang.ways_to_play(learner, normalizer).items():
+        actions = []
+
+        def recorded(obs: np.ndarray, act=act, actions=actions) -> torch.Tensor:
+            actions.append(act(obs))
+            return actions[-1]
+
+        bang_bang.evaluate(recorded, args, 5, seed=0)
+        played[mode] = torch.cat(actions).flatten().numpy()
+    return args.policy, played
+
+
+def main() -> None:
+    runs, task = Path(sys.argv[1]), sys.argv[2]
+    heads = dict(map(actions_played, sorted(runs.glob(f"bang_bang__{task.replace('/', '-')}__1__*"))))
+    figure = Figure(figsize=(3 * len(heads), 2.8), dpi=80, layout="tight")
+    (panels,) = figure.subplots(1, len(heads), squeeze=False, sharey=True)
+    for (head, played), axes in zip(sorted(heads.items()), panels):
+        for mode, actions in played.items():
+            axes.hist(
+                actions, 41, (-1.025, 1.025), weights=np.full(len(actions), 1 / len(actions)), alpha=0.5, label=mode
+            )
+        axes.set(title=head, xlabel="action")
+    panels[0].set_ylabel("share of actions")
+    panels[0].legend()
+    figure.savefig(ROOT / "benchmark" / "results" / "bang_bang" / f"actions_{task.replace('/', '-')}.png")
+
+
+if __name__ == "__main__":
+    main()
