@@ -342,10 +342,9 @@ def cosine_schedule(num_steps: int, offset: float = 0.008) -> Tensor:
 
     No step's beta exceeds 0.999.
     """
-    share = (
-        ((torch.arange(num_steps + 1, dtype=torch.float64) / num_steps + offset) / (1 + offset)) * math.pi / 2
-    ).cos()
-    alphas = (share[1:] / share[:-1]).square().clamp(min=0.001)
+    time = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    signal = ((time + offset) / (1 + offset) * math.pi / 2).cos().square()
+    alphas = (signal[1:] / signal[:-1]).clamp(min=0.001)
     return torch.cat([torch.ones(1), alphas.cumprod(0).float()])
 
 
@@ -453,7 +452,7 @@ def update_critic(learner: Learner, batch: Batch) -> dict[str, Tensor]:
 
 
 def update_policy(learner: Learner, obs: Tensor, entropy_weight: float) -> dict[str, Tensor]:
-    """One Q-weighted step of the denoiser towards the best of its own candidates at obs [B, O], and entropy."""
+    """One step of the denoiser at obs [B, O], towards the best of its own candidates and, for entropy, uniform actions."""
     args = learner.args
     with torch.no_grad():
         policy, critic = learner.policy, learner.critic
@@ -523,9 +522,9 @@ def check_args(args: Args) -> None:
             raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not valid; it must be {choices}")
 
     for field in fields(args):
-        smallest, value = int(field.name not in ("seed", "learning_starts")), getattr(args, field.name)
+        smallest = {"seed": 0, "learning_starts": 0, "num_candidates": 2}.get(field.name, 1)
         if field.type in (int, int | None):
-            require(field.name, value >= smallest, f"a whole number of at least {smallest}")
+            require(field.name, getattr(args, field.name) >= smallest, f"a whole number of at least {smallest}")
     require("buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")
     for name in ("critic_lr", "actor_lr", "max_grad_norm"):
         require(name, 0 < getattr(args, name) < math.inf, "a number above 0")

@@ -424,7 +424,7 @@ def test_unfit_tasks(env_id, why):
         dict(batch_size=0),
         dict(hidden=0),
         dict(denoising_steps=0),
-        dict(num_candidates=0),
+        dict(num_candidates=1),
         dict(seed=-1),
         dict(gamma=1.5),
         dict(tau=0.0),
