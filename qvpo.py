@@ -452,7 +452,7 @@ def update_critic(learner: Learner, batch: Batch) -> dict[str, Tensor]:
 
 
 def update_policy(learner: Learner, obs: Tensor, entropy_weight: float) -> dict[str, Tensor]:
-    """One step of the denoiser at obs [B, O], towards the best of its own candidates and, for entropy, uniform actions."""
+    """One step of the denoiser at obs [B, O], towards the best of its own candidates and towards uniform actions."""
     args = learner.args
     with torch.no_grad():
         policy, critic = learner.policy, learner.critic
