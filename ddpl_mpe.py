@@ -197,6 +197,7 @@ class VectorMPE:
         self.action_sizes = [2 * agent.movable + (0 if agent.silent else world.dim_c) for agent in world.agents]
         self.obs_sizes = [env.observation_space(agent).shape[0] for agent in self.agents]
         self.num_agents, self.obs_size, self.action_size = len(self.agents), max(self.obs_sizes), max(self.action_sizes)
+        self.state_size = self.num_agents * self.obs_size
         self.episode_length = env.unwrapped.max_cycles
 
     def action_mask(self) -> Tensor:
@@ -326,29 +327,30 @@ class GaussianPolicy(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """Two centralised critics Q(s, a_1..a_N) of the team reward; s is all observations, concatenated."""
+    """Two centralised critics Q(s, a_1..a_N) of the team reward."""
 
-    def __init__(self, num_agents: int, obs_size: int, action_size: int, hidden: int):
+    def __init__(self, state_size: int, num_agents: int, action_size: int, hidden: int):
         super().__init__()
-        self.state = StackedLinear(2, num_agents * obs_size, hidden)
+        self.state = StackedLinear(2, state_size, hidden)
         self.actions = stacked_weight(2, num_agents * action_size, hidden)
         self.hidden = StackedLinear(2, hidden, hidden)
         self.value = StackedLinear(2, hidden, 1)
 
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """Values [2, B] of observations [N, B, O] and joint actions [N, B, D]."""
-        state, joint = (x.transpose(0, 1).flatten(1).expand(2, -1, -1) for x in (obs, actions))
+    def forward(self, state: Tensor, actions: Tensor) -> Tensor:
+        """Values [2, B] of states [B, S] and joint actions [N, B, D]."""
+        state, joint = (x.expand(2, -1, -1) for x in (state, actions.transpose(0, 1).flatten(1)))
         hidden = F.relu(torch.baddbmm(self.state(state), joint, self.actions))
         return self.value(F.relu(self.hidden(hidden))).squeeze(-1)
 
     @torch.no_grad()
-    def score(self, obs: Tensor, actions: Tensor, candidates: Tensor) -> Tensor:
-        """Q1 [N, M, B] where agent i plays each of its candidates [N, M, B, D] and the others their actions [N, B, D].
+    def score(self, state: Tensor, actions: Tensor, candidates: Tensor) -> Tensor:
+        """Q1 [N, M, B] at states [B, S] where agent i plays each of its candidates [N, M, B, D].
 
-        The candidates of a state share the first layer but for the agent's own action, so it costs next to nothing.
+        The others play their actions [N, B, D]. The candidates of a state share the first layer but for the agent's own
+        action, so it costs next to nothing.
         """
         num_agents, num_candidates, batch_size, action_size = candidates.shape
-        state, joint = (x.transpose(0, 1).flatten(1) for x in (obs, actions))
+        joint = actions.transpose(0, 1).flatten(1)
         own = self.actions[0].view(num_agents, action_size, -1)  # the columns of each agent's own action
         shared = torch.addmm(self.state.bias[0], state, self.state.weight[0])  # [B, H]
         shared = shared + joint @ self.actions[0] - actions @ own  # [N, B, H]
@@ -390,6 +392,15 @@ class Batch(NamedTuple):
     reward: Tensor
     terminated: Tensor
     next_obs: Tensor
+
+    @property
+    def state(self) -> Tensor:
+        """What the critics see [B, S]: all observations, concatenated."""
+        return self.obs.transpose(0, 1).flatten(1)
+
+    @property
+    def next_state(self) -> Tensor:
+        return self.next_obs.transpose(0, 1).flatten(1)
 
 
 class ReplayBuffer:
@@ -518,7 +529,7 @@ def issm_target(x_t: Tensor, alpha_bar: Tensor, candidates: Tensor, weights: Ten
 class Learner(nn.Module):
     """What training changes: policies, critics, temperatures and their optimisers."""
 
-    def __init__(self, args: Args, num_agents: int, obs_size: int, action_size: int, mask: Tensor):
+    def __init__(self, args: Args, num_agents: int, obs_size: int, action_size: int, state_size: int, mask: Tensor):
         super().__init__()
         sizes = num_agents, obs_size, action_size
         if args.policy == "diffusion":
@@ -526,7 +537,9 @@ class Learner(nn.Module):
             self.local_critic = LocalCritic(*sizes, args.local_critic_hidden)
         else:
             self.policy = GaussianPolicy(*sizes, args.actor_hidden, mask)
-        self.critic, self.target_critic = (TwinCritic(*sizes, args.critic_hidden) for _ in range(2))
+        self.critic, self.target_critic = (
+            TwinCritic(state_size, num_agents, action_size, args.critic_hidden) for _ in range(2)
+        )
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_temperature = nn.Parameter(torch.full((num_agents,), math.log(args.init_temperature)))
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.actor_lr, fused=True)
@@ -549,17 +562,17 @@ def update(learner: Learner, batch: Batch) -> dict[str, Tensor]:
     next_actions = learner.policy.sample(batch.next_obs)
     metrics = update_critic(learner, batch, next_actions)
     if isinstance(learner.policy, GaussianPolicy):
-        return metrics | update_gaussian(learner, batch.next_obs)
-    states = slice(learner.args.actor_batch_size)
-    return metrics | update_diffusion(learner, batch.next_obs[:, states], next_actions[:, states])
+        return metrics | update_gaussian(learner, batch.next_state, batch.next_obs)
+    rows = slice(learner.args.actor_batch_size)
+    return metrics | update_diffusion(learner, batch.next_state[rows], batch.next_obs[:, rows], next_actions[:, rows])
 
 
 def update_critic(learner: Learner, batch: Batch, next_actions: Tensor) -> dict[str, Tensor]:
     """Move both critics to r + gamma (1 - terminated) min_k Q'_k(s', a'); a truncated episode bootstraps."""
     with torch.no_grad():
-        next_value = learner.target_critic(batch.next_obs, next_actions).min(0).values
+        next_value = learner.target_critic(batch.next_state, next_actions).min(0).values
         target = batch.reward + learner.args.gamma * (1 - batch.terminated) * next_value
-    q = learner.critic(batch.obs, batch.actions)
+    q = learner.critic(batch.state, batch.actions)
     loss = (q - target).square().mean(1).sum()
     take_step(learner.critic_optimizer, loss)
     with torch.no_grad():
@@ -568,7 +581,7 @@ def update_critic(learner: Learner, batch: Batch, next_actions: Tensor) -> dict[
 
 
 def update_local_critic(
-    learner: Learner, obs: Tensor, actions: Tensor, candidates: Tensor
+    learner: Learner, state: Tensor, obs: Tensor, actions: Tensor, candidates: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Move each Q_i(o_i, a_i) to the central Q at candidates [N, M, B, D], where the others play actions [N, B, D].
 
@@ -576,13 +589,13 @@ def update_local_critic(
     rest of the state adds to all of them alike would be noise. Returns Q_i [N, M, B] there, from before the step.
     """
     local_q = learner.local_critic(obs, candidates)
-    loss = (local_q - learner.critic.score(obs, actions, candidates)).var(1).mean()
+    loss = (local_q - learner.critic.score(state, actions, candidates)).var(1).mean()
     take_step(learner.local_critic_optimizer, loss)
     return local_q.detach(), {"losses/local_critic": loss.detach()}
 
 
-def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str, Tensor]:
-    """One ISSM step of every agent's denoiser, at obs [N, B, O] and the policies' own actions [N, B, D] there."""
+def update_diffusion(learner: Learner, state: Tensor, obs: Tensor, actions: Tensor) -> dict[str, Tensor]:
+    """One ISSM step of every agent's denoiser, at state [B, S], obs [N, B, O] and the policies' actions [N, B, D]."""
     args, mask = learner.args, learner.mask
 
     # 1. Propose, a block of dimensions around the policy's own action (all of them, if it has few). To move the kernels
@@ -593,7 +606,7 @@ def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str
 
     # 2. Weigh. Where fewer than two candidates count, the entropy estimate stops falling with the temperature, so there
     # the temperature rises whatever the estimate says.
-    q, metrics = update_local_critic(learner, obs, actions, candidates)
+    q, metrics = update_local_critic(learner, state, obs, actions, candidates)
     weights, _, entropy = issm_weights(q, log_q, learner.log_temperature.detach().exp())
     sample_size = (1 / weights.square().sum(1)).mean(1)  # [N]
     excess = entropy.mean(1) - args.target_entropy * block.sum(-1)
@@ -621,14 +634,15 @@ def update_diffusion(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str
     return metrics | {"policy/entropy": (entropy.mean(1) / block.sum(-1)).mean()}
 
 
-def update_gaussian(learner: Learner, obs: Tensor) -> dict[str, Tensor]:
-    """One step of every Gaussian down its KL to the energy-based policy, reparameterised, at obs [N, B, O].
+def update_gaussian(learner: Learner, state: Tensor, obs: Tensor) -> dict[str, Tensor]:
+    """One step of every Gaussian down its KL to the energy-based policy, reparameterised, at state [B, S].
 
-    One pass over the joint action serves all agents: the gradient for agent i goes through a_i alone.
+    The policies see obs [N, B, O]. One pass over the joint action serves all agents: the gradient for agent i goes
+    through a_i alone.
     """
     temperature = learner.log_temperature.detach().exp()
     actions, log_prob = learner.policy.rsample(obs)
-    loss = ((temperature[:, None] * log_prob).sum(0) - learner.critic(obs, actions)[0]).mean()
+    loss = ((temperature[:, None] * log_prob).sum(0) - learner.critic(state, actions)[0]).mean()
     take_step(learner.policy_optimizer, loss)
     entropy = -log_prob.detach().mean(1)
     num_dimensions = learner.mask.sum(-1)
@@ -794,7 +808,7 @@ def train(args: Args) -> dict:
     torch.manual_seed(args.seed)
     env = VectorMPE(args.env_id, args.num_agents, args.num_envs)
     sizes, mask = (env.num_agents, env.obs_size, env.action_size), env.action_mask()
-    learner = Learner(args, *sizes, mask)
+    learner = Learner(args, *sizes, env.state_size, mask)
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), *sizes)
     global_step, episode, updates, seconds, episode_return, rows = 0, 0, 0, 0.0, math.nan, []
     if checkpoint:
@@ -912,7 +926,7 @@ def play(args: Args) -> None:
     args, checkpoint = load_checkpoint("--evaluate", run_dir, args, free=("seed", "final_eval_episodes", "num_threads"))
     check_args(args)
     env = VectorMPE(args.env_id, args.num_agents, 1)
-    learner = Learner(args, env.num_agents, env.obs_size, env.action_size, env.action_mask())
+    learner = Learner(args, env.num_agents, env.obs_size, env.action_size, env.state_size, env.action_mask())
     learner.load_state_dict(checkpoint["learner"])
     for mode in ("stochastic", "deterministic"):
         video = run_dir / f"{mode}.gif" if args.capture_video else None

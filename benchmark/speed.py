@@ -39,7 +39,7 @@ def spread_update(policy: str, num_agents: int):
     """A learner for simple_spread_v3 at the defaults and a batch of that shape."""
     args = ddpl_mpe.Args(policy=policy)
     obs_size = 4 + 2 * num_agents + 4 * (num_agents - 1)
-    learner = ddpl_mpe.Learner(args, num_agents, obs_size, 2, torch.ones(num_agents, 2))
+    learner = ddpl_mpe.Learner(args, num_agents, obs_size, 2, num_agents * obs_size, torch.ones(num_agents, 2))
     obs, next_obs = torch.randn(2, num_agents, args.batch_size, obs_size)
     actions = 2 * torch.rand(num_agents, args.batch_size, 2) - 1
     return learner, ddpl_mpe.Batch(obs, actions, torch.randn(args.batch_size), torch.zeros(args.batch_size), next_obs)

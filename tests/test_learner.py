@@ -16,7 +16,11 @@ POLICIES = ["diffusion", "gaussian"]
 def make_learner(policy="diffusion", mask=((1.0, 1), (1, 1), (1, 1)), obs_size=4, **options):
     args = Args(policy=policy, actor_hidden=32, critic_hidden=32, actor_batch_size=16, **options)
     mask = torch.tensor(mask, dtype=torch.float32)
-    return Learner(args, mask.shape[0], obs_size, mask.shape[1], mask)
+    return Learner(args, mask.shape[0], obs_size, mask.shape[1], mask.shape[0] * obs_size, mask)
+
+
+def state_of(obs):
+    return obs.transpose(0, 1).flatten(1)
 
 
 def make_batch(learner, batch_size=16, obs_size=4):
@@ -28,14 +32,14 @@ def make_batch(learner, batch_size=16, obs_size=4):
 
 
 def test_scores_equal_the_critic_asked_one_candidate_at_a_time():
-    critic = TwinCritic(3, 4, 2, 32)
-    obs, actions, candidates = torch.randn(3, 5, 4), torch.rand(3, 5, 2), torch.rand(3, 6, 5, 2)
-    scores = critic.score(obs, actions, candidates)
+    critic = TwinCritic(12, 3, 2, 32)
+    state, actions, candidates = torch.randn(5, 12), torch.rand(3, 5, 2), torch.rand(3, 6, 5, 2)
+    scores = critic.score(state, actions, candidates)
     for agent in range(3):
         for m in range(6):
             joint = actions.clone()
             joint[agent] = candidates[agent, m]
-            torch.testing.assert_close(scores[agent, m], critic(obs, joint)[0])
+            torch.testing.assert_close(scores[agent, m], critic(state, joint)[0])
 
 
 def test_gaussian_log_prob_equals_torch_distributions():
@@ -54,7 +58,7 @@ def test_gaussian_gradient_is_each_agents_own_kl():
     learner = make_learner("gaussian", init_temperature=0.3)
     obs = torch.randn(3, 16, 4)
     torch.manual_seed(1)
-    ddpl_mpe.update_gaussian(learner, obs)
+    ddpl_mpe.update_gaussian(learner, state_of(obs), obs)
     together = [p.grad.clone() for p in learner.policy.parameters()]
     learner = (torch.manual_seed(0), make_learner("gaussian", init_temperature=0.3))[1]
     for agent in range(3):
@@ -62,7 +66,7 @@ def test_gaussian_gradient_is_each_agents_own_kl():
         actions, log_prob = learner.policy.rsample(obs)
         fixed = actions.detach().clone()
         fixed[agent] = actions[agent]
-        loss = (0.3 * log_prob[agent] - learner.critic(obs, fixed)[0]).mean()
+        loss = (0.3 * log_prob[agent] - learner.critic(state_of(obs), fixed)[0]).mean()
         alone = torch.autograd.grad(loss, list(learner.policy.parameters()))
         for ours, theirs in zip(together, alone):
             torch.testing.assert_close(ours[agent], theirs[agent], atol=1e-6, rtol=1e-4)
@@ -76,9 +80,9 @@ def test_truncation_bootstraps_and_termination_does_not(policy):
     batch = batch._replace(terminated=(torch.arange(16) < 8).float())
     next_actions = learner.policy.sample(batch.next_obs)
     with torch.no_grad():
-        value = torch.minimum(*learner.target_critic(batch.next_obs, next_actions))
+        value = torch.minimum(*learner.target_critic(batch.next_state, next_actions))
         target = batch.reward + 0.95 * torch.where(torch.arange(16) < 8, 0, value)
-        expected = sum(((q - target) ** 2).mean() for q in learner.critic(batch.obs, batch.actions))
+        expected = sum(((q - target) ** 2).mean() for q in learner.critic(batch.state, batch.actions))
     metrics = ddpl_mpe.update_critic(learner, batch, next_actions)
     torch.testing.assert_close(metrics["losses/critic"], expected)
 
@@ -154,11 +158,11 @@ def test_temperature_rises_where_one_candidate_decides():
 class TwoModes(nn.Module):
     """Q of a joint action: the mean over agents of two equal bumps at +-0.7."""
 
-    def forward(self, obs, actions):
+    def forward(self, state, actions):
         return torch.exp(-((actions[..., 0].abs() - 0.7) ** 2) / 0.05).mean(0).expand(2, -1)
 
     @torch.no_grad()
-    def score(self, obs, actions, candidates):
+    def score(self, state, actions, candidates):
         return torch.exp(-((candidates[..., 0].abs() - 0.7) ** 2) / 0.05) / candidates.shape[0]
 
 
@@ -169,9 +173,9 @@ def shares_of_modes(policy, num_updates=400):
     for _ in range(num_updates):
         learner.log_temperature.data.fill_(math.log(0.1))
         if policy == "diffusion":
-            ddpl_mpe.update_diffusion(learner, obs, learner.policy.sample(obs))
+            ddpl_mpe.update_diffusion(learner, state_of(obs), obs, learner.policy.sample(obs))
         else:
-            ddpl_mpe.update_gaussian(learner, obs)
+            ddpl_mpe.update_gaussian(learner, state_of(obs), obs)
     actions = learner.policy.sample(torch.ones(2, 5000, 1))[..., 0]
     return torch.stack([((actions - mode).abs() < 0.3).float().mean(1) for mode in (-0.7, 0.7)])
 
@@ -204,8 +208,8 @@ class Coin(nn.Module):
         self.slope = slope
 
     @torch.no_grad()
-    def score(self, obs, actions, candidates):
-        z = obs[1, :, 0]
+    def score(self, state, actions, candidates):
+        z = state[:, 1]
         first = self.slope * z * candidates[0, ..., 0] + 0.3 * candidates[0, ..., 0] * actions[1, :, 0] + 5 * z
         return torch.stack([first, 0 * candidates[1, ..., 0]])
 
@@ -225,8 +229,8 @@ def test_local_critic_is_the_mean_over_what_the_agent_does_not_know():
     """With heads in 3 of 4 states and E[a_2] = 0.5, the first agent's slope is 0.5 slope + 0.15; the second's is 0."""
     learner = coin_learner(0.4)
     for _ in range(1500):
-        actions, candidates = torch.rand(2, 256, 1), 2 * torch.rand(2, 4, 256, 1) - 1
-        ddpl_mpe.update_local_critic(learner, coin_obs(256, 0.75), actions, candidates)
+        obs, actions, candidates = coin_obs(256, 0.75), torch.rand(2, 256, 1), 2 * torch.rand(2, 4, 256, 1) - 1
+        ddpl_mpe.update_local_critic(learner, state_of(obs), obs, actions, candidates)
     ends = torch.tensor([-1.0, 1.0])[None, :, None, None].expand(2, 2, 1, 1)
     low, high = learner.local_critic(torch.zeros(2, 1, 1), ends)[..., 0].unbind(1)
     torch.testing.assert_close((high - low).detach() / 2, torch.tensor([0.35, 0.0]), atol=0.05, rtol=0)
@@ -238,9 +242,9 @@ def test_local_critic_ignores_what_a_state_adds_to_all_candidates():
         torch.manual_seed(0)
         learner = coin_learner(0.4)
         obs, actions, candidates = coin_obs(16, 0.5), torch.rand(2, 16, 1), torch.rand(2, 4, 16, 1)
-        q = learner.critic.score(obs, actions, candidates) + offset * torch.randn(16)
+        q = learner.critic.score(state_of(obs), actions, candidates) + offset * torch.randn(16)
         learner.critic.score = lambda *_, q=q: q
-        ddpl_mpe.update_local_critic(learner, obs, actions, candidates)
+        ddpl_mpe.update_local_critic(learner, state_of(obs), obs, actions, candidates)
         outcomes.append([parameter.grad for parameter in learner.local_critic.parameters()])
     for clean, offset in zip(*outcomes):
         torch.testing.assert_close(clean, offset, atol=1e-4, rtol=1e-3)
@@ -252,7 +256,7 @@ def test_policy_is_the_softmax_of_the_mean():
     for _ in range(500):
         learner.log_temperature.data.fill_(math.log(0.2))
         obs = coin_obs(64, 0.5)
-        ddpl_mpe.update_diffusion(learner, obs, learner.policy.sample(obs))
+        ddpl_mpe.update_diffusion(learner, state_of(obs), obs, learner.policy.sample(obs))
     actions = learner.policy.sample(torch.zeros(2, 5000, 1))[0]
     centre = (actions.abs() < 0.5).float().mean()
     assert 0.4 < centre < 0.85  # uniform: 0.5, sampled with T = 10: 0.65; the mean of the softmaxes: 0.08
@@ -285,7 +289,7 @@ def test_candidates_change_one_block_of_the_policys_own_action(monkeypatch):
     obs, seen, score = torch.randn(2, 16, 4), [], learner.critic.score
     actions = learner.policy.sample(obs)
     monkeypatch.setattr(learner.critic, "score", lambda *inputs: (seen.append(inputs[2]), score(*inputs))[1])
-    ddpl_mpe.update_diffusion(learner, obs, actions)
+    ddpl_mpe.update_diffusion(learner, state_of(obs), obs, actions)
     changed = (seen[0] != actions[:, None]).float().mean((1, 2))
     assert changed.gt(0.9).sum(-1).tolist() == [3, 2] and changed.eq(0).sum(-1).tolist() == [3, 4]
 
@@ -293,11 +297,11 @@ def test_candidates_change_one_block_of_the_policys_own_action(monkeypatch):
 class Bowl(nn.Module):
     """A Gaussian energy-based policy: at temperature 0.08, mean 0.4 and standard deviation 0.2 in every dimension."""
 
-    def forward(self, obs, actions):
+    def forward(self, state, actions):
         return -(actions - 0.4).square().sum((0, 2)).expand(2, -1)
 
     @torch.no_grad()
-    def score(self, obs, actions, candidates):
+    def score(self, state, actions, candidates):
         return -(candidates - 0.4).square().sum(-1)
 
 
@@ -306,7 +310,7 @@ def test_blocks_learn_all_of_twelve_dimensions():
     learner.critic, obs = Bowl(), torch.ones(1, 64, 1)
     for _ in range(600):
         learner.log_temperature.data.fill_(math.log(0.08))
-        ddpl_mpe.update_diffusion(learner, obs, learner.policy.sample(obs))
+        ddpl_mpe.update_diffusion(learner, state_of(obs), obs, learner.policy.sample(obs))
     actions = learner.policy.sample(torch.ones(1, 4000, 1))[0]
     assert abs(actions.mean() - 0.4) < 0.1
     assert 0.16 < actions.std(0).mean() < 0.24
