@@ -404,10 +404,12 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions. `next_obs` is the true next observation, also where an episode was truncated."""
+    """The last `capacity` transitions, whose fields have `shapes`.
 
-    def __init__(self, capacity: int, num_agents: int, obs_size: int, action_size: int):
-        shapes = Batch((num_agents, obs_size), (num_agents, action_size), (), (), (num_agents, obs_size))
+    `next_obs` is the true next observation, also where an episode was truncated.
+    """
+
+    def __init__(self, capacity: int, shapes: Batch):
         self.data = Batch(*(torch.empty(capacity, *shape) for shape in shapes))  # untouched pages take no memory
         self.capacity, self.added = capacity, 0
 
@@ -423,9 +425,9 @@ class ReplayBuffer:
         self.added += len(rows)
 
     def sample(self, batch_size: int) -> Batch:
-        """A batch drawn uniformly with replacement."""
+        """A batch drawn uniformly with replacement, agents first where there are agents."""
         rows = torch.randint(self.size, (batch_size,))
-        return Batch(*(column[rows].transpose(0, 1) if column.ndim > 1 else column[rows] for column in self.data))
+        return Batch(*(column[rows].transpose(0, 1) if column.ndim > 2 else column[rows] for column in self.data))
 
     def state_dict(self) -> dict:
         return {"added": self.added, "data": [column[: self.size].clone() for column in self.data]}
@@ -809,7 +811,9 @@ def train(args: Args) -> dict:
     env = VectorMPE(args.env_id, args.num_agents, args.num_envs)
     sizes, mask = (env.num_agents, env.obs_size, env.action_size), env.action_mask()
     learner = Learner(args, *sizes, env.state_size, mask)
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), *sizes)
+    observations, actions = (env.num_agents, env.obs_size), (env.num_agents, env.action_size)
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
+    buffer = ReplayBuffer(capacity, Batch(observations, actions, (), (), observations))
     global_step, episode, updates, seconds, episode_return, rows = 0, 0, 0, 0.0, math.nan, []
     if checkpoint:
         learner.load_state_dict(checkpoint["learner"])

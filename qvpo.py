@@ -302,10 +302,12 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions. `next_obs` is the true next observation, also where an episode was truncated."""
+    """The last `capacity` transitions, whose fields have `shapes`.
 
-    def __init__(self, capacity: int, obs_size: int, action_size: int):
-        shapes = Batch((obs_size,), (action_size,), (), (), (obs_size,))
+    `next_obs` is the true next observation, also where an episode was truncated.
+    """
+
+    def __init__(self, capacity: int, shapes: Batch):
         self.data = Batch(*(torch.empty(capacity, *shape) for shape in shapes))  # untouched pages take no memory
         self.capacity, self.added = capacity, 0
 
@@ -321,9 +323,9 @@ class ReplayBuffer:
         self.added += len(rows)
 
     def sample(self, batch_size: int) -> Batch:
-        """A batch drawn uniformly with replacement."""
+        """A batch drawn uniformly with replacement, agents first where there are agents."""
         rows = torch.randint(self.size, (batch_size,))
-        return Batch(*(column[rows] for column in self.data))
+        return Batch(*(column[rows].transpose(0, 1) if column.ndim > 2 else column[rows] for column in self.data))
 
     def state_dict(self) -> dict:
         return {"added": self.added, "data": [column[: self.size].clone() for column in self.data]}
@@ -625,7 +627,8 @@ def train(args: Args) -> dict:
     env = make_vector_env(args.env_id, args.num_envs)
     sizes = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     learner = Learner(args, *sizes)
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), *sizes)
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
+    buffer = ReplayBuffer(capacity, Batch(sizes[:1], sizes[1:], (), (), sizes[:1]))
     global_step, episode, updates, seconds, episode_return, rows = 0, 0, 0, 0.0, math.nan, []
     if checkpoint:
         learner.load_state_dict(checkpoint["learner"])

@@ -10,7 +10,7 @@ import torch
 from mpe2 import simple_spread_v3
 
 import ddpl_mpe
-from ddpl_mpe import Args, ReplayBuffer, VectorMPE, episode_seeds, evaluate, train
+from ddpl_mpe import Args, Batch, ReplayBuffer, VectorMPE, episode_seeds, evaluate, train
 
 SMALL = dict(total_timesteps=700, learning_starts=200, eval_interval=300, eval_episodes=2, final_eval_episodes=3)
 SMALL |= dict(log_interval=100, checkpoint_interval=200, critic_hidden=32, actor_hidden=16, batch_size=32)
@@ -88,7 +88,7 @@ def test_force_points_where_the_action_says():
 
 
 def test_buffer_keeps_the_last_transitions_and_their_order_of_axes():
-    buffer = ReplayBuffer(5, 2, 3, 1)
+    buffer = ReplayBuffer(5, Batch((2, 3), (2, 1), (), (), (2, 3)))
     for step in range(4):
         numbers = torch.arange(2.0) + 2 * step
         obs = numbers[:, None, None].expand(2, 2, 3)

@@ -40,7 +40,6 @@ OTHER_ALGORITHMS = {
         "DiffusionPolicy": "one agent; the published network, which predicts the noise",
         "TwinCritic": "one agent; the published network",
         "Batch": "one agent",
-        "ReplayBuffer": "one agent",
         "Learner": "one agent, a target policy, no temperature",
         "update": "the policy learns at fresh observations, and has a target",
         "update_critic": "the target is the best of several candidates",
