@@ -170,11 +170,6 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-def make_vector_env(env_id: str, num_envs: int) -> SyncVectorEnv:
-    """Copies of the task that do not reset by themselves, so that every step returns the true next observation."""
-    return SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
-
-
 def episode_seeds(stream: int, seed: int, episode: int, num_envs: int) -> np.ndarray:
     """[E] seeds of the copies' next episode, in the stream of training (0) or evaluation (1) episodes.
 
@@ -624,7 +619,7 @@ def train(args: Args) -> dict:
     check_args(args)
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
-    env = make_vector_env(args.env_id, args.num_envs)
+    env = SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.DISABLED)
     sizes = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     learner = Learner(args, *sizes)
     capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)

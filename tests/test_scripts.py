@@ -10,16 +10,21 @@ import torch
 
 import bang_bang
 import ddpl_coordination
+import ddpl_mamujoco
 import ddpl_mpe
 import qvpo
 
-DDPL = (ddpl_mpe, ddpl_coordination)
+DDPL = (ddpl_mpe, ddpl_coordination, ddpl_mamujoco)
 SCRIPTS = (*DDPL, qvpo, bang_bang)
 
 # Names that two DDPL scripts share but do not mean the same by, and why.
 DIFFERENT = {
     "Args": "every script has its own settings",
     "SCRIPT": "its own name",
+    "make_env": "another benchmark",
+    "Batch": "multi-agent MuJoCo has a state of its own",
+    "evaluate": "episodes end at different times in multi-agent MuJoCo",
+    "play": "another benchmark",
     "Learner": "the coordination game stacks seeds with agents and has no observations",
     "DiffusionPolicy": "no observations in the coordination game",
     "GaussianPolicy": "no observations in the coordination game",
