@@ -173,10 +173,14 @@ def make_env(args: Args, render_mode: str | None = None) -> ParallelEnv:
         choices = ", ".join(CONFIGURATIONS)
         raise RunError(f"--scenario: {args.scenario!r} is not a scenario that runs here; choose from {choices}")
     try:
-        return mamujoco_v1.parallel_env(args.scenario, args.agent_conf, args.agent_obsk, render_mode=render_mode)
+        env = mamujoco_v1.parallel_env(args.scenario, args.agent_conf, args.agent_obsk, render_mode=render_mode)
     except Exception:  # the package raises a plain one
         choices = CONFIGURATIONS[args.scenario]
         raise RunError(f"--agent-conf: {args.scenario} has no {args.agent_conf!r}; choose from {choices}") from None
+    # Two joints of Pusher share a label, by which the package orders what an agent sees: two copies would differ.
+    for joints in (joints for distances in env.k_dicts for joints in distances.values()):
+        joints.sort(key=lambda joint: (joint.label, joint.qpos_ids))
+    return env
 
 
 class StackedAgents(gym.Env):
