@@ -1,6 +1,6 @@
 """What the entropy term, the weights and T do to QVPO, on a bandit of two action dimensions with three peaks.
 
-    python benchmark/qvpo_bandit.py     # every setting with 5 seeds, two processes: some minutes
+    python benchmark/qvpo_bandit.py     # every setting with 3 seeds, two processes: some minutes
 
 Writes benchmark/results/qvpo/bandit.csv (one row per setting and seed) and bandit.png: the actions played.
 """
@@ -28,7 +28,7 @@ PEAKS = np.array([[-0.6, -0.5], [0.6, -0.5], [0.0, 0.6]])
 HEIGHTS = np.array([0.8, 0.9, 1.0])
 WIDTH = 0.2
 STEPS = 3_000
-SEEDS = range(1, 6)
+SEEDS = range(1, 4)
 SETTINGS = {
     "qadv, entropy term": dict(),
     "qadv, no entropy term": dict(entropy_coefficient=0.0, min_entropy_coefficient=0.0),
