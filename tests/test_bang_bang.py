@@ -3,25 +3,21 @@
 import csv
 import json
 import math
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from helpers import checkpoint_of, command, equal, error_about, error_of, kill_and_resume
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
 import bang_bang
-from bang_bang import ActionCost, Args, Learner, Normalizer, Rollout, evaluate, main, make_costly_env, make_env, train
+from bang_bang import ActionCost, Args, Learner, Normalizer, Rollout, evaluate, make_costly_env, make_env, train
 from benchmark.double_integrator import grid_of_starts, optimal_force, times_to_goal, trained_force
 
-SCRIPT = Path(bang_bang.__file__)
 SMALL = dict(env_id="Pendulum-v1", total_timesteps=900, num_steps=100, num_minibatches=2, update_epochs=2, hidden=16)
 SMALL |= dict(eval_interval=300, eval_episodes=2, final_eval_episodes=3, checkpoint_interval=250)
 HEADS = [
@@ -276,7 +272,7 @@ def test_rewards_are_scaled_by_the_deviation_of_discounted_returns():
 # ---- training loop
 
 
-def recorded(monkeypatch, **options):
+def played(monkeypatch, **options):
     rollouts = []
     learn = bang_bang.update
     monkeypatch.setattr(
@@ -287,14 +283,14 @@ def recorded(monkeypatch, **options):
 
 
 def test_time_limits_are_not_terminations(monkeypatch):
-    rows = recorded(monkeypatch, num_envs=2, checkpoint_interval=10_000)
+    rows = played(monkeypatch, num_envs=2, checkpoint_interval=10_000)
     assert not rows.terminated.any() and rows.ended.any(1).nonzero()[:, 0].tolist() == [199, 399]
     jump = (rows.next_obs[:-1] - rows.obs[1:]).abs().amax((1, 2))
     assert jump[199] > 10 * jump[195:199].max()  # the true last observation, not the one after the reset
 
 
 def test_terminations_say_so(monkeypatch):
-    rows = recorded(monkeypatch, env_id="InvertedDoublePendulum-v5", num_envs=2)
+    rows = played(monkeypatch, env_id="InvertedDoublePendulum-v5", num_envs=2)
     assert 10 < rows.terminated.sum() < 400 and torch.equal(rows.terminated, rows.ended)
 
 
@@ -314,19 +310,6 @@ def test_run_folder_and_result(options):
     assert last["saturation"] == 1 if options["policy"] == "bernoulli" else 0 <= last["saturation"] <= 1
 
 
-def checkpoint_of(result):
-    return torch.load(f"{result['run_dir']}/checkpoint.pt", weights_only=True)
-
-
-def equal(a, b):
-    """Bit for bit equality of nested dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def test_same_seed_same_run_and_other_seed_another():
     first, again, other = (checkpoint_of(train(Args(**SMALL, seed=seed))) for seed in (1, 1, 2))
     assert equal(first["learner"], again["learner"]) and not equal(first["normalizer"], other["normalizer"])
@@ -337,52 +320,17 @@ def test_evaluation_does_not_disturb_training():
     assert equal(often["learner"], rarely["learner"]) and equal(often["normalizer"], rarely["normalizer"])
 
 
-def command(**options):
-    return [sys.executable, str(SCRIPT), *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
-
-
-def evaluations(run_dir):
-    rows = list(csv.DictReader(open(Path(run_dir) / "evaluations.csv")))
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-
 def test_killed_and_resumed_equals_never_killed():
-    """SIGKILL in the middle, twice, on a task whose episodes end at different times; the statistics survive, too."""
+    """On a task whose episodes end at different times; the statistics survive, too."""
     options = SMALL | dict(env_id="Hopper-v5", num_envs=2, total_timesteps=4_000, update_epochs=10, num_minibatches=10)
-    whole = Path(train(Args(**options))["run_dir"])
-    process = subprocess.Popen(command(**options), stderr=subprocess.DEVNULL)
-    wait_for(process, lambda: len(list(Path("runs").iterdir())) == 2)
-    (run_dir,) = set(Path("runs").iterdir()) - {whole}
-    for reached in (800, 2000):
-        checkpoint = run_dir / "checkpoint.pt"
-        wait_for(process, lambda: checkpoint.exists() and global_step(checkpoint) >= reached)  # noqa: B023
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (run_dir / "result.json").exists()
-        process = subprocess.Popen(command(resume=run_dir), stderr=subprocess.DEVNULL)
-    assert process.wait() == 0
-    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, whole))
-    for key in ("learner", "optimizer", "normalizer", "rng"):
-        assert equal(ours[key], theirs[key])
-    assert evaluations(run_dir) == evaluations(whole)
-
-
-def global_step(path):
-    return torch.load(path, weights_only=True)["progress"][0]
-
-
-def wait_for(process, condition):
-    """Wait until the running process has done something."""
-    while not condition():
-        assert process.poll() is None, "the process ended before"
-        time.sleep(0.02)
+    kill_and_resume(bang_bang, kill_at=(800, 2000), **options)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
-    subprocess.run(command(**SMALL), cwd=folder, check=True, capture_output=True)
+    subprocess.run(command(bang_bang, **SMALL), cwd=folder, check=True, capture_output=True)
     return next(folder.glob("runs/*"))
 
 
@@ -392,7 +340,7 @@ def test_resuming_a_finished_run_repeats_its_result(finished):
 
 
 def test_evaluate_prints_returns_and_films(finished):
-    flags = [*command(evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
+    flags = [*command(bang_bang, evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
     done = subprocess.run(flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for word in ("stochastic", "deterministic", "5 episodes", "saturation 1.00", "switching_rate"):
@@ -404,18 +352,9 @@ def test_evaluate_prints_returns_and_films(finished):
 # ---- bad input
 
 
-def error_of(**options):
-    """The one line that ends the script with this input."""
-    with pytest.raises(SystemExit) as stopped:
-        main(Args(**options))
-    message = str(stopped.value.code)
-    assert message.startswith("bang_bang.py: error: ") and "\n" not in message
-    return message
-
-
 @pytest.mark.parametrize("env_id, why", [("Hoper-v5", "Did you mean"), ("CartPole-v1", "Discrete")])
 def test_unfit_tasks(env_id, why):
-    message = error_of(env_id=env_id)
+    message = error_of(bang_bang, env_id=env_id)
     assert "--env-id" in message and why in message and "Hopper-v5" in message and not Path("runs").exists()
 
 
@@ -438,9 +377,7 @@ def test_unfit_tasks(env_id, why):
     ids=str,
 )
 def test_invalid_numbers(options):
-    name, *_ = options  # the first is the one to be named
-    message = error_of(**options)
-    assert f"--{name.replace('_', '-')}" in message and "must be" in message and not Path("runs").exists()
+    error_about(bang_bang, **options)
 
 
 def test_invalid_choices_are_listed():
@@ -449,21 +386,21 @@ def test_invalid_choices_are_listed():
         ("squash", ("clip", "tanh")),
         ("action_cost_form", ("l1", "l2")),
     ):
-        done = subprocess.run(command(**{flag: "best"}), capture_output=True, text=True)
+        done = subprocess.run(command(bang_bang, **{flag: "best"}), capture_output=True, text=True)
         assert done.returncode != 0 and all(choice in done.stderr for choice in choices)
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
 def test_run_folders_that_cannot_be_used(flag, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(finished.parent.parent)
-    assert finished.name in error_of(**{flag: "runs/nothing_here"})
+    assert finished.name in error_of(bang_bang, **{flag: "runs/nothing_here"})
     (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:5000])
-    assert "damaged" in error_of(**{flag: str(tmp_path)})
-    assert "ran with --policy bernoulli" in error_of(**{flag: str(finished), "policy": "gaussian"})
+    assert "damaged" in error_of(bang_bang, **{flag: str(tmp_path)})
+    assert "ran with --policy bernoulli" in error_of(bang_bang, **{flag: str(finished), "policy": "gaussian"})
 
 
 def test_diverging_run_says_where():
-    assert "is NaN or infinite at step" in error_of(**SMALL | dict(learning_rate=1e30))
+    assert "is NaN or infinite at step" in error_of(bang_bang, **SMALL | dict(learning_rate=1e30))
 
 
 # ---- learning

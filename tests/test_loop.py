@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers import checkpoint_of, equal
 from mpe2 import simple_spread_v3
 
 import ddpl_mpe
@@ -19,19 +20,6 @@ TASKS = {  # task: observation sizes, action sizes
     "simple_reference_v3": ([21, 21], [12, 12]),
     "simple_speaker_listener_v4": ([3, 11], [3, 2]),
 }
-
-
-def checkpoint_of(result):
-    return torch.load(f"{result['run_dir']}/checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    """Bit for bit equality of nested dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # ---- environment
@@ -136,15 +124,15 @@ def test_run_folder_and_result(env_id, policy):
 
 def test_same_seed_same_run_and_other_seed_another():
     first, again, other = (checkpoint_of(train(Args(**SMALL, seed=seed))) for seed in (1, 1, 2))
-    assert same(first["learner"], again["learner"]) and same(first["buffer"], again["buffer"])
-    assert not same(first["learner"], other["learner"]) and not same(first["buffer"], other["buffer"])
+    assert equal(first["learner"], again["learner"]) and equal(first["buffer"], again["buffer"])
+    assert not equal(first["learner"], other["learner"]) and not equal(first["buffer"], other["buffer"])
     assert not torch.equal(first["buffer"]["data"][0][0], other["buffer"]["data"][0][0])  # other episodes, too
 
 
 def test_evaluation_does_not_disturb_training():
     """More frequent evaluations and log points leave the same learner."""
     often, rarely = (checkpoint_of(train(Args(**SMALL | dict(eval_interval=n, log_interval=n)))) for n in (100, 700))
-    assert same(often["learner"], rarely["learner"])
+    assert equal(often["learner"], rarely["learner"])
 
 
 # ---- learning

@@ -2,22 +2,18 @@
 
 import csv
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gymnasium_robotics import mamujoco_v1
+from helpers import command, equal, error_about, error_of, kill_and_resume, recorded
 
 import ddpl_mamujoco
-from ddpl_mamujoco import CONFIGURATIONS, Args, Batch, ReplayBuffer, StackedAgents, evaluate, main, train
+from ddpl_mamujoco import CONFIGURATIONS, Args, StackedAgents, evaluate, train
 
-SCRIPT = Path(ddpl_mamujoco.__file__)
 SMALL = dict(total_timesteps=1_200, learning_starts=200, eval_interval=400, eval_episodes=2, final_eval_episodes=3)
 SMALL |= dict(log_interval=100, checkpoint_interval=400, critic_hidden=32, actor_hidden=16, batch_size=32, num_envs=4)
 HOPPER, HALF_CHEETAH = dict(scenario="Hopper", agent_conf="3x1"), dict(scenario="HalfCheetah", agent_conf="6x1")
@@ -85,17 +81,9 @@ def test_agents_see_as_far_as_asked(agent_obsk):
 # ---- training loop
 
 
-def recorded(monkeypatch, **options):
-    """What train adds to its replay, as one Batch of [steps, copies, ...]."""
-    added, add = [], ReplayBuffer.add
-    monkeypatch.setattr(ReplayBuffer, "add", lambda self, *t: (added.append([x.clone() for x in t]), add(self, *t)))
-    train(Args(**SMALL | options))
-    return Batch(*map(torch.stack, zip(*added)))
-
-
 def test_replay_holds_true_next_observations(monkeypatch):
     """Hopper falls, which terminates; checkpoints end episodes, too, but as time limits."""
-    rows = recorded(monkeypatch, **HOPPER)
+    rows = recorded(ddpl_mamujoco, monkeypatch, **SMALL | HOPPER)
     assert rows.terminated.any() and not rows.terminated.all() and rows.actions.abs().max() <= 1
     for now, then in ((rows.next_obs, rows.obs), (rows.next_state, rows.state)):
         continues = (now[:-1] == then[1:]).flatten(2).all(-1)
@@ -108,7 +96,8 @@ def test_replay_holds_true_next_observations(monkeypatch):
 
 
 def test_processes_play_as_one_does(monkeypatch):
-    one, many = (recorded(monkeypatch, **HOPPER, total_timesteps=400, async_envs=a) for a in (False, True))
+    options = SMALL | HOPPER | dict(total_timesteps=400)
+    one, many = (recorded(ddpl_mamujoco, monkeypatch, **options, async_envs=a) for a in (False, True))
     for ours, theirs in zip(one, many):
         assert torch.equal(ours, theirs)
 
@@ -131,55 +120,9 @@ def test_run_folder_and_result(task, policy):
     assert (buffer[1][:, padding] == 0).all()
 
 
-def equal(a, b):
-    """Bit for bit equality of nested dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def command(**options):
-    return [sys.executable, str(SCRIPT), *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
-
-
-def evaluations(run_dir):
-    rows = list(csv.DictReader(open(Path(run_dir) / "evaluations.csv")))
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-
 @pytest.mark.parametrize("policy, task", [("diffusion", HOPPER), ("gaussian", HALF_CHEETAH)])
 def test_killed_and_resumed_equals_never_killed(policy, task):
-    """SIGKILL in the middle, twice; the resumed run ends with the same learner, replay and evaluations, bit for bit."""
-    options = SMALL | task | dict(policy=policy, total_timesteps=2_400)
-    whole = Path(train(Args(**options))["run_dir"])
-    process = subprocess.Popen(command(**options), stderr=subprocess.DEVNULL)
-    wait_for(process, lambda: len(list(Path("runs").iterdir())) == 2)
-    (run_dir,) = set(Path("runs").iterdir()) - {whole}
-    for reached in (400, 1200):
-        checkpoint = run_dir / "checkpoint.pt"
-        wait_for(process, lambda: checkpoint.exists() and global_step(checkpoint) >= reached)  # noqa: B023
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (run_dir / "result.json").exists()
-        process = subprocess.Popen(command(resume=run_dir), stderr=subprocess.DEVNULL)
-    assert process.wait() == 0
-    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, whole))
-    for key in ("learner", "optimizers", "buffer", "rng"):
-        assert equal(ours[key], theirs[key])
-    assert evaluations(run_dir) == evaluations(whole)
-
-
-def global_step(path):
-    return torch.load(path, weights_only=True)["progress"][0]
-
-
-def wait_for(process, condition):
-    """Wait until the running process has done something."""
-    while not condition():
-        assert process.poll() is None, "the process ended before"
-        time.sleep(0.02)
+    kill_and_resume(ddpl_mamujoco, (400, 1200), **SMALL | task | dict(policy=policy, total_timesteps=2_400))
 
 
 def test_evaluation_does_not_disturb_training():
@@ -190,21 +133,14 @@ def test_evaluation_does_not_disturb_training():
 
 def test_evaluate_prints_returns():
     run_dir = train(Args(**SMALL | HOPPER))["run_dir"]
-    done = subprocess.run(command(evaluate=run_dir, final_eval_episodes=5, seed=7), capture_output=True, text=True)
+    done = subprocess.run(
+        command(ddpl_mamujoco, evaluate=run_dir, final_eval_episodes=5, seed=7), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "stochastic" in done.stdout and "deterministic" in done.stdout and "5 episodes" in done.stdout
 
 
 # ---- bad input
-
-
-def error_of(**options):
-    """The one line that ends the script with this input."""
-    with pytest.raises(SystemExit) as stopped:
-        main(Args(**options))
-    message = str(stopped.value.code)
-    assert message.startswith("ddpl_mamujoco.py: error: ") and "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(
@@ -217,19 +153,19 @@ def error_of(**options):
 )
 def test_unknown_tasks_name_the_choices(options, choice):
     (name,) = options
-    message = error_of(**options)
+    message = error_of(ddpl_mamujoco, **options)
     assert f"--{name.replace('_', '-')}" in message and choice in message and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("options", [dict(num_envs=0), dict(gamma=1.5), dict(block_size=0), dict(sigmas=())], ids=str)
 def test_invalid_numbers(options):
-    (name,) = options
-    message = error_of(**options)
-    assert f"--{name.replace('_', '-')}" in message and "must be" in message and not Path("runs").exists()
+    error_about(ddpl_mamujoco, **options)
 
 
 def test_diverging_run_says_where():
-    assert "is NaN or infinite at step" in error_of(**SMALL | HOPPER | dict(critic_lr=1e30, log_interval=10_000))
+    assert "is NaN or infinite at step" in error_of(
+        ddpl_mamujoco, **SMALL | HOPPER | dict(critic_lr=1e30, log_interval=10_000)
+    )
 
 
 # ---- learning

@@ -3,11 +3,7 @@
 import csv
 import itertools
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from helpers import checkpoint_of, command, equal, error_about, error_of, kill_and_resume, recorded
 from torch.nn import functional as F
 
 import qvpo
 from benchmark.qvpo_published import PublishedLearner
-from qvpo import Args, Batch, Learner, ReplayBuffer, main, make_env, train, with_preset
+from qvpo import Args, Batch, Learner, make_env, train, with_preset
 
-SCRIPT = Path(qvpo.__file__)
 SIZES = dict(hidden=16, denoising_steps=3, num_candidates=4, batch_size=16, num_uniform=2)
 SMALL = SIZES | dict(total_timesteps=900, learning_starts=100, eval_interval=300, eval_episodes=2, num_threads=1)
 SMALL |= dict(final_eval_episodes=3, log_interval=100, checkpoint_interval=250)
@@ -248,17 +244,9 @@ def test_every_task_is_flat_float32_and_takes_unit_actions(env_id):
         assert reward == pytest.approx(their_reward, rel=1e-4, abs=1e-5)
 
 
-def recorded(monkeypatch, **options):
-    """What train adds to its replay, as one Batch of [steps, copies, ...]."""
-    added, add = [], ReplayBuffer.add
-    monkeypatch.setattr(ReplayBuffer, "add", lambda self, *t: (added.append([x.clone() for x in t]), add(self, *t)))
-    train(Args(**SMALL | options))
-    return Batch(*map(torch.stack, zip(*added)))
-
-
 def test_truncated_transitions_keep_their_true_next_observation(monkeypatch):
     """Pendulum is cut at 200 steps and never terminates; the checkpoint at 500 starts both copies anew."""
-    rows = recorded(monkeypatch, num_envs=2, checkpoint_interval=500)
+    rows = recorded(qvpo, monkeypatch, **SMALL | dict(num_envs=2, checkpoint_interval=500))
     assert not rows.terminated.any() and rows.actions.abs().max() <= 1
     continues = (rows.next_obs[:-1] == rows.obs[1:]).all(-1)
     assert [i + 1 for i in range(449) if not continues[i].all()] == [200, 250]
@@ -269,7 +257,7 @@ def test_truncated_transitions_keep_their_true_next_observation(monkeypatch):
 
 
 def test_terminated_transitions_say_so(monkeypatch):
-    rows = recorded(monkeypatch, env_id="InvertedDoublePendulum-v5", num_envs=2)
+    rows = recorded(qvpo, monkeypatch, **SMALL | dict(env_id="InvertedDoublePendulum-v5", num_envs=2))
     assert 10 < rows.terminated.sum() < 450
     continues = (rows.next_obs[:-1] == rows.obs[1:]).all(-1)
     checkpoints = torch.zeros_like(continues)
@@ -278,7 +266,7 @@ def test_terminated_transitions_say_so(monkeypatch):
 
 
 def test_copies_and_checkpoints_start_different_episodes(monkeypatch):
-    rows = recorded(monkeypatch, num_envs=2)
+    rows = recorded(qvpo, monkeypatch, **SMALL | dict(num_envs=2))
     starts = rows.obs[[0, 125]].flatten(0, 1)  # of both copies, at the start and after the first checkpoint
     assert len(starts.unique(dim=0)) == 4
 
@@ -308,19 +296,6 @@ def test_presets_fill_in_what_flags_leave_open():
     assert qvpo.PRESETS["laptop"].keys() == qvpo.PRESETS["paper"].keys()
 
 
-def checkpoint_of(result):
-    return torch.load(f"{result['run_dir']}/checkpoint.pt", weights_only=True)
-
-
-def equal(a, b):
-    """Bit for bit equality of nested dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def test_same_seed_same_run_and_other_seed_another():
     first, again, other = (checkpoint_of(train(Args(**SMALL, seed=seed))) for seed in (1, 1, 2))
     assert equal(first["learner"], again["learner"]) and equal(first["buffer"], again["buffer"])
@@ -332,52 +307,17 @@ def test_evaluation_does_not_disturb_training():
     assert equal(often["learner"], rarely["learner"])
 
 
-def command(**options):
-    return [sys.executable, str(SCRIPT), *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
-
-
-def evaluations(run_dir):
-    rows = list(csv.DictReader(open(Path(run_dir) / "evaluations.csv")))
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-
 def test_killed_and_resumed_equals_never_killed():
-    """SIGKILL in the middle, twice, on a task whose episodes end at different times in its two copies."""
+    """On a task whose episodes end at different times in its two copies."""
     options = SMALL | dict(env_id="Hopper-v5", num_envs=2, total_timesteps=2_000)
-    whole = Path(train(Args(**options))["run_dir"])
-    process = subprocess.Popen(command(**options), stderr=subprocess.DEVNULL)
-    wait_for(process, lambda: len(list(Path("runs").iterdir())) == 2)
-    (run_dir,) = set(Path("runs").iterdir()) - {whole}
-    for reached in (500, 1250):
-        checkpoint = run_dir / "checkpoint.pt"
-        wait_for(process, lambda: checkpoint.exists() and global_step(checkpoint) >= reached)  # noqa: B023
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (run_dir / "result.json").exists()
-        process = subprocess.Popen(command(resume=run_dir), stderr=subprocess.DEVNULL)
-    assert process.wait() == 0
-    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, whole))
-    for key in ("learner", "optimizers", "buffer", "rng"):
-        assert equal(ours[key], theirs[key])
-    assert evaluations(run_dir) == evaluations(whole)
-
-
-def global_step(path):
-    return torch.load(path, weights_only=True)["progress"][0]
-
-
-def wait_for(process, condition):
-    """Wait until the running process has done something."""
-    while not condition():
-        assert process.poll() is None, "the process ended before"
-        time.sleep(0.02)
+    kill_and_resume(qvpo, kill_at=(500, 1250), **options)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
-    subprocess.run(command(**SMALL), cwd=folder, check=True, capture_output=True)
+    subprocess.run(command(qvpo, **SMALL), cwd=folder, check=True, capture_output=True)
     return next(folder.glob("runs/*"))
 
 
@@ -387,7 +327,7 @@ def test_resuming_a_finished_run_repeats_its_result(finished):
 
 
 def test_evaluate_prints_returns_and_films(finished):
-    flags = [*command(evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
+    flags = [*command(qvpo, evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
     done = subprocess.run(flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "stochastic" in done.stdout and "deterministic" in done.stdout and "5 episodes" in done.stdout
@@ -398,21 +338,12 @@ def test_evaluate_prints_returns_and_films(finished):
 # ---- bad input
 
 
-def error_of(**options):
-    """The one line that ends the script with this input."""
-    with pytest.raises(SystemExit) as stopped:
-        main(Args(**options))
-    message = str(stopped.value.code)
-    assert message.startswith("qvpo.py: error: ") and "\n" not in message
-    return message
-
-
 @pytest.mark.parametrize(
     "env_id, why",
     [("Hoper-v5", "Did you mean"), ("CartPole-v1", "Discrete"), ("Hopper-v99", "v5"), ("dm_control/cart-v0", "exist")],
 )
 def test_unfit_tasks(env_id, why):
-    message = error_of(env_id=env_id)
+    message = error_of(qvpo, env_id=env_id)
     assert "--env-id" in message and why in message and "Hopper-v5" in message and not Path("runs").exists()
 
 
@@ -437,24 +368,22 @@ def test_unfit_tasks(env_id, why):
     ids=str,
 )
 def test_invalid_numbers(options):
-    name, *_ = options  # the first is the one to be named
-    message = error_of(**options)
-    assert f"--{name.replace('_', '-')}" in message and "must be" in message and not Path("runs").exists()
+    error_about(qvpo, **options)
 
 
 def test_invalid_choices_are_listed():
     for flag, choices in (("preset", ("laptop", "paper")), ("q_transform", ("qadv", "qcut"))):
-        done = subprocess.run(command(**{flag: "best"}), capture_output=True, text=True)
+        done = subprocess.run(command(qvpo, **{flag: "best"}), capture_output=True, text=True)
         assert done.returncode != 0 and all(choice in done.stderr for choice in choices)
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
 def test_run_folders_that_cannot_be_used(flag, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(finished.parent.parent)
-    assert finished.name in error_of(**{flag: "runs/nothing_here"})
+    assert finished.name in error_of(qvpo, **{flag: "runs/nothing_here"})
     (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:5000])
-    assert "damaged" in error_of(**{flag: str(tmp_path)})
-    assert f"ran with --{'preset'} laptop" in error_of(**{flag: str(finished), "preset": "paper"})
+    assert "damaged" in error_of(qvpo, **{flag: str(tmp_path)})
+    assert f"ran with --{'preset'} laptop" in error_of(qvpo, **{flag: str(finished), "preset": "paper"})
 
 
 def test_video_where_nothing_can_be_drawn(monkeypatch):
@@ -462,13 +391,13 @@ def test_video_where_nothing_can_be_drawn(monkeypatch):
         raise RuntimeError("no display")
 
     monkeypatch.setattr(gym.envs.classic_control.PendulumEnv, "render", no_display)
-    message = error_of(**SMALL, capture_video=True)
+    message = error_of(qvpo, **SMALL, capture_video=True)
     assert "--capture-video" in message and "MUJOCO_GL" in message and not Path("runs").exists()
 
 
 @pytest.mark.parametrize("option", ["critic_lr", "actor_lr"])
 def test_diverging_run_says_where(option):
-    assert "is NaN or infinite at step" in error_of(**SMALL | {option: 1e30, "log_interval": 10_000})
+    assert "is NaN or infinite at step" in error_of(qvpo, **SMALL | {option: 1e30, "log_interval": 10_000})
 
 
 # ---- learning

@@ -1,97 +1,33 @@
 """Run folders of ddpl_mpe.py: kill and resume, evaluate, videos, and one clear sentence for every bad input."""
 
-import csv
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import command, error_about, error_of, evaluations, global_step, kill_and_resume
 
 import ddpl_mpe
-from ddpl_mpe import Args, VectorMPE, main, train
+from ddpl_mpe import Args, VectorMPE, train
 
-SCRIPT = Path(ddpl_mpe.__file__)
 SMALL = dict(total_timesteps=2_000, learning_starts=200, eval_interval=500, eval_episodes=2, final_eval_episodes=3)
 SMALL |= dict(log_interval=100, checkpoint_interval=400, critic_hidden=32, actor_hidden=16, batch_size=32)
-
-
-def command(**options):
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return [sys.executable, str(SCRIPT), *flags]
-
-
-def error_of(**options):
-    """The one line that ends the script with this input."""
-    with pytest.raises(SystemExit) as stopped:
-        main(Args(**options))
-    message = str(stopped.value.code)
-    assert message.startswith("ddpl_mpe.py: error: ") and "\n" not in message
-    return message
-
-
-def global_step(path):
-    return torch.load(path, weights_only=True)["progress"][0]
-
-
-def evaluations(run_dir):
-    rows = list(csv.DictReader(open(Path(run_dir) / "evaluations.csv")))
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
-    subprocess.run(command(**SMALL), cwd=folder, check=True, capture_output=True)
+    subprocess.run(command(ddpl_mpe, **SMALL), cwd=folder, check=True, capture_output=True)
     return next(folder.glob("runs/*"))
 
 
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 def test_killed_and_resumed_equals_never_killed(policy):
-    """SIGKILL in the middle, twice; the resumed run ends with the same learner, replay and evaluations, bit for bit."""
-    whole = Path(train(Args(**SMALL, policy=policy))["run_dir"])
-    process = subprocess.Popen(command(**SMALL, policy=policy), stderr=subprocess.DEVNULL)
-    wait_for(process, lambda: len(list(Path("runs").iterdir())) == 2)
-    (run_dir,) = set(Path("runs").iterdir()) - {whole}
-    for reached in (400, 1200):
-        checkpoint = run_dir / "checkpoint.pt"
-        wait_for(process, lambda: checkpoint.exists() and global_step(checkpoint) >= reached)  # noqa: B023
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (run_dir / "result.json").exists()
-        process = subprocess.Popen(command(resume=run_dir), stderr=subprocess.DEVNULL)
-    assert process.wait() == 0
-    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, whole))
-    for key in ("learner", "optimizers", "buffer", "rng"):
-        assert_equal(ours[key], theirs[key])
-    assert evaluations(run_dir) == evaluations(whole)
-    results = [json.loads((folder / "result.json").read_text())["episodic_returns"] for folder in (run_dir, whole)]
-    assert results[0] == results[1]
-
-
-def wait_for(process, condition):
-    """Wait until the running process has done something."""
-    while not condition():
-        assert process.poll() is None, "the process ended before"
-        time.sleep(0.02)
-
-
-def assert_equal(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        a, b = list(a.values()), list(b.values())
-    if isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_equal(x, y)
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    kill_and_resume(ddpl_mpe, kill_at=(400, 1200), policy=policy, **SMALL)
 
 
 def test_resuming_a_finished_run_repeats_its_result(finished):
@@ -102,7 +38,7 @@ def test_resuming_a_finished_run_repeats_its_result(finished):
 
 
 def test_evaluate_prints_returns_and_films(finished):
-    flags = [*command(evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
+    flags = [*command(ddpl_mpe, evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
     done = subprocess.run(flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "stochastic" in done.stdout and "deterministic" in done.stdout and "5 episodes" in done.stdout
@@ -114,7 +50,7 @@ def test_evaluate_prints_returns_and_films(finished):
 
 
 def test_unknown_task_names_the_cooperative_ones():
-    message = error_of(env_id="simple_spred_v3")
+    message = error_of(ddpl_mpe, env_id="simple_spred_v3")
     assert "--env-id" in message
     for task in ("simple_spread_v3", "simple_reference_v3", "simple_speaker_listener_v4"):
         assert task in message
@@ -122,7 +58,7 @@ def test_unknown_task_names_the_cooperative_ones():
 
 
 def test_competitive_task():
-    message = error_of(env_id="simple_tag_v3")
+    message = error_of(ddpl_mpe, env_id="simple_tag_v3")
     assert "adversaries" in message and "simple_spread_v3" in message
 
 
@@ -135,12 +71,12 @@ def test_discrete_task(monkeypatch):
             return module.parallel_env(continuous_actions=False, **options)
 
     monkeypatch.setitem(ddpl_mpe.mpe_environments, "mpe/discrete_v0", DiscreteOnly)
-    message = error_of(env_id="discrete_v0")
+    message = error_of(ddpl_mpe, env_id="discrete_v0")
     assert "discrete" in message and "simple_spread_v3" in message
 
 
 def test_number_of_agents_where_the_task_fixes_it():
-    assert "--num-agents" in error_of(env_id="simple_reference_v3", num_agents=3)
+    assert "--num-agents" in error_of(ddpl_mpe, env_id="simple_reference_v3", num_agents=3)
 
 
 @pytest.mark.parametrize(
@@ -166,20 +102,18 @@ def test_number_of_agents_where_the_task_fixes_it():
     ids=str,
 )
 def test_invalid_numbers(options):
-    name, *_ = options  # the first is the one to be named
-    message = error_of(**options)
-    assert f"--{name.replace('_', '-')}" in message and "must be" in message and not Path("runs").exists()
+    error_about(ddpl_mpe, **options)
 
 
 def test_invalid_choice_lists_the_choices():
-    done = subprocess.run(command(policy="gausian"), capture_output=True, text=True)
+    done = subprocess.run(command(ddpl_mpe, policy="gausian"), capture_output=True, text=True)
     assert done.returncode != 0 and "diffusion" in done.stderr and "gaussian" in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
 def test_missing_run_folder(flag, finished, monkeypatch):
     monkeypatch.chdir(finished.parent.parent)
-    message = error_of(**{flag: "runs/nothing_here"})
+    message = error_of(ddpl_mpe, **{flag: "runs/nothing_here"})
     assert f"--{flag}" in message and "nothing_here" in message and finished.name in message
 
 
@@ -187,13 +121,13 @@ def test_missing_run_folder(flag, finished, monkeypatch):
 def test_damaged_checkpoint_is_left_as_it_is(flag, finished, tmp_path):
     half = (finished / "checkpoint.pt").read_bytes()[:5000]
     (tmp_path / "checkpoint.pt").write_bytes(half)
-    assert "damaged" in error_of(**{flag: str(tmp_path)})
+    assert "damaged" in error_of(ddpl_mpe, **{flag: str(tmp_path)})
     assert (tmp_path / "checkpoint.pt").read_bytes() == half
 
 
 def test_checkpoint_of_another_task(finished):
     before = (finished / "checkpoint.pt").read_bytes()
-    message = error_of(resume=str(finished), env_id="simple_reference_v3")
+    message = error_of(ddpl_mpe, resume=str(finished), env_id="simple_reference_v3")
     assert "--env-id simple_spread_v3" in message and "simple_reference_v3" in message
     assert (finished / "checkpoint.pt").read_bytes() == before
 
@@ -201,14 +135,14 @@ def test_checkpoint_of_another_task(finished):
 def test_checkpoint_of_another_script(finished, tmp_path):
     contents = torch.load(finished / "checkpoint.pt", weights_only=True)
     torch.save(contents | {"script": "qvpo"}, tmp_path / "checkpoint.pt")
-    assert "qvpo.py" in error_of(resume=str(tmp_path))
+    assert "qvpo.py" in error_of(ddpl_mpe, resume=str(tmp_path))
 
 
 def test_checkpoint_of_another_version(finished, tmp_path):
     contents = torch.load(finished / "checkpoint.pt", weights_only=True)
     contents["args"].pop("gamma")
     torch.save(contents, tmp_path / "checkpoint.pt")
-    assert "another version" in error_of(resume=str(tmp_path))
+    assert "another version" in error_of(ddpl_mpe, resume=str(tmp_path))
 
 
 def test_nan_reward_stops_and_keeps_the_checkpoint(monkeypatch):
@@ -220,7 +154,7 @@ def test_nan_reward_stops_and_keeps_the_checkpoint(monkeypatch):
         return obs, reward * (np.nan if len(calls) == 100 else 1), terminated, truncated
 
     monkeypatch.setattr(VectorMPE, "step", poisoned)
-    message = error_of(**SMALL | dict(eval_interval=10_000))
+    message = error_of(ddpl_mpe, **SMALL | dict(eval_interval=10_000))
     assert "reward is NaN or infinite at step 800" in message
     (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
     assert global_step(checkpoint) == 400
@@ -237,7 +171,7 @@ def test_nan_weights_are_never_saved(monkeypatch):
         return {}
 
     monkeypatch.setattr(ddpl_mpe, "update", poisoned)
-    assert "critic.hidden.weight is NaN or infinite" in error_of(**SMALL | dict(log_interval=10_000))
+    assert "critic.hidden.weight is NaN or infinite" in error_of(ddpl_mpe, **SMALL | dict(log_interval=10_000))
     assert ddpl_mpe.save_checkpoint is save_checkpoint
     (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
     assert torch.load(checkpoint, weights_only=True)["learner"]["critic.hidden.weight"].isfinite().all()
@@ -246,15 +180,17 @@ def test_nan_weights_are_never_saved(monkeypatch):
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 @pytest.mark.parametrize("option", ["critic_lr", "actor_lr", "temperature_lr"])
 def test_diverging_run_says_where(policy, option):
-    message = error_of(**SMALL | {option: 1e30, "policy": policy, "log_interval": 10_000, "eval_interval": 10_000})
+    message = error_of(
+        ddpl_mpe, **SMALL | {option: 1e30, "policy": policy, "log_interval": 10_000, "eval_interval": 10_000}
+    )
     assert "the action is NaN or infinite at step" in message
 
 
 def test_track_without_wandb(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "pip install wandb" in error_of(**SMALL, track=True)
+    assert "pip install wandb" in error_of(ddpl_mpe, **SMALL, track=True)
 
 
 def test_exit_code_and_standard_error():
-    done = subprocess.run(command(num_envs=-1), capture_output=True, text=True)
+    done = subprocess.run(command(ddpl_mpe, num_envs=-1), capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--num-envs" in done.stderr

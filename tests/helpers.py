@@ -1,0 +1,97 @@
+"""What the tests of several scripts need: runs as files, kill and resume, errors as one line."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def checkpoint_of(result):
+    """The checkpoint of what train returned."""
+    return torch.load(f"{result['run_dir']}/checkpoint.pt", weights_only=True)
+
+
+def equal(a, b):
+    """Bit for bit equality of nested dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def command(script, **options):
+    """The command line that runs a script with these flags."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return [sys.executable, script.__file__, *flags]
+
+
+def evaluations(run_dir):
+    """The rows of evaluations.csv, without the seconds, which no run repeats."""
+    rows = list(csv.DictReader(open(Path(run_dir) / "evaluations.csv")))
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def global_step(checkpoint):
+    return torch.load(checkpoint, weights_only=True)["progress"][0]
+
+
+def kill_and_resume(script, kill_at, **options):
+    """Train once undisturbed, and once with a SIGKILL after each of the steps `kill_at`; everything must be equal."""
+    whole = Path(script.train(script.Args(**options))["run_dir"])
+    process = subprocess.Popen(command(script, **options), stderr=subprocess.DEVNULL)
+    wait_for(process, lambda: len(list(Path("runs").iterdir())) == 2)
+    (run_dir,) = set(Path("runs").iterdir()) - {whole}
+    for reached in kill_at:
+        checkpoint = run_dir / "checkpoint.pt"
+        wait_for(process, lambda: checkpoint.exists() and global_step(checkpoint) >= reached)  # noqa: B023
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run_dir / "result.json").exists()
+        process = subprocess.Popen(command(script, resume=run_dir), stderr=subprocess.DEVNULL)
+    assert process.wait() == 0
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run_dir, whole))
+    for key in ours.keys() - {"progress"}:  # the time that has passed differs
+        assert equal(ours[key], theirs[key]), key
+    assert evaluations(run_dir) == evaluations(whole)
+    returns = [json.loads((folder / "result.json").read_text())["episodic_returns"] for folder in (run_dir, whole)]
+    assert returns[0] == returns[1]
+
+
+def wait_for(process, condition):
+    """Wait until the running process has done something."""
+    while not condition():
+        assert process.poll() is None, "the process ended before"
+        time.sleep(0.02)
+
+
+def error_of(script, **options):
+    """The one line that ends a script with this input."""
+    with pytest.raises(SystemExit) as stopped:
+        script.main(script.Args(**options))
+    message, name = str(stopped.value.code), Path(script.__file__).name
+    assert message.startswith(f"{name}: error: ") and "\n" not in message
+    return message
+
+
+def error_about(script, **options):
+    """The same, where the first option is wrong: it is named with what it must be, and no run folder is left."""
+    name, *_ = options
+    message = error_of(script, **options)
+    assert f"--{name.replace('_', '-')}" in message and "must be" in message and not Path("runs").exists()
+
+
+def recorded(script, monkeypatch, **options):
+    """What train adds to its replay buffer, as one Batch of [steps, copies, ...]."""
+    added, add = [], script.ReplayBuffer.add
+    spy = lambda self, *t: (added.append([x.clone() for x in t]), add(self, *t))  # noqa: E731
+    monkeypatch.setattr(script.ReplayBuffer, "add", spy)
+    script.train(script.Args(**options))
+    return script.Batch(*map(torch.stack, zip(*added)))
