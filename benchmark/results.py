@@ -106,7 +106,8 @@ def table_rows(task: Path) -> list[str]:
             low, high = interval(bootstrap(returns[:, -1]))
             cells.append(f"{returns[:, -1].mean():.2f} [{low:.2f}, {high:.2f}]")
         seeds = " ".join(f"{value:.1f}" for value in final[arm, "deterministic"])
-        rows.append(f"| {task.name} | {arm} | {cells[0]} | {cells[1]} | {seeds} | {spread:.2f} | {minutes:.1f} |")
+        spread = "" if np.isnan(spread) else f"{spread:.2f}"
+        rows.append(f"| {task.name} | {arm} | {cells[0]} | {cells[1]} | {seeds} | {spread} | {minutes:.1f} |")
     ours, *_, theirs = (final[arm, "deterministic"] for arm in arms)
     # Resampled with different numbers: the seeds of the two policies are not paired.
     difference = bootstrap(ours) - np.random.default_rng(1).permutation(bootstrap(theirs))
