@@ -3,7 +3,7 @@
 Ding, Hu, Zhang, Ren, Zhang, Yu, Wang, Shi, "Diffusion-based Reinforcement Learning via Q-weighted Variational Policy
 Optimization", NeurIPS 2024, arXiv 2405.16173. Where paper and official code differ, this follows the code.
 
-    python qvpo.py --env-id Hopper-v5
+    python qvpo.py --env-id HalfCheetah-v5 --total-timesteps 40000
 
 1. The policy is a T-step denoising diffusion (DDPM) of actions. To act, it draws K_b candidates and plays the one of
    highest Q; transitions go to a replay buffer.
@@ -53,7 +53,7 @@ class Args:
     """A Gymnasium task with a Box of continuous actions, such as Hopper-v5 or dm_control/cartpole-swingup-v0."""
     num_envs: int = 1
     """Copies of the task, stepped one after the other in this process."""
-    total_timesteps: int = 50_000
+    total_timesteps: int = 10_000
     """Environment steps in all, summed over the copies."""
     seed: int = 1
     """Seed of networks, exploration, replay and episodes."""
