@@ -733,6 +733,14 @@ def check_args(args: Args) -> None:
     candidates = args.num_uniform + len(args.sigmas) * args.num_per_kernel
     require("num_per_kernel", candidates > 1, "large enough for two candidates")
     require("sigmas", args.sigmas and all(0 < s <= 1 for s in args.sigmas), "one or more numbers above 0, at most 1")
+    if args.capture_video:
+        env = make_env(args, "rgb_array")
+        env.reset()
+        try:
+            env.render()
+        except Exception as error:
+            reason = f"{type(error).__name__}; on a machine without a display, MUJOCO_GL=egl or osmesa may help"
+            raise RunError(f"--capture-video: {args.scenario} cannot be drawn here ({reason})") from None
 
 
 def check_finite(named_values: Iterable[tuple[str, Tensor]], global_step: int) -> None:

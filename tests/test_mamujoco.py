@@ -162,6 +162,17 @@ def test_invalid_numbers(options):
     error_about(ddpl_mamujoco, **options)
 
 
+def test_video_where_nothing_can_be_drawn(monkeypatch):
+    """Said before the training, not after it."""
+
+    def no_display(self):
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr(mamujoco_v1.parallel_env, "render", no_display)
+    message = error_of(ddpl_mamujoco, **SMALL | HOPPER, capture_video=True)
+    assert "--capture-video" in message and "MUJOCO_GL" in message and not Path("runs").exists()
+
+
 def test_diverging_run_says_where():
     assert "is NaN or infinite at step" in error_of(
         ddpl_mamujoco, **SMALL | HOPPER | dict(critic_lr=1e30, log_interval=10_000)
