@@ -93,7 +93,7 @@ class Args:
     """Norm that gradients are clipped to."""
 
     # Run
-    eval_interval: int = 20_000
+    eval_interval: int = 40_000
     """Environment steps between evaluations (each waits for the end of a rollout)."""
     eval_episodes: int = 10
     """Episodes of each evaluation, once with sampled actions (stochastic), once with the mode (deterministic)."""

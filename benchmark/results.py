@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mpe": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "mamujoco": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "qvpo": {"qvpo": "tab:blue", "sac": "tab:orange"},
     "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
@@ -28,6 +29,8 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
 
 def place(args: dict) -> tuple[str, str, str]:
     """Benchmark, task and arm of a run with these arguments."""
+    if args["script"] == "ddpl_mamujoco":
+        return "mamujoco", f"{args['scenario']}_{args['agent_conf'].replace('|', '-')}", args["policy"]
     task = args["env_id"].replace("/", "-")
     if args["script"] == "ddpl_mpe":
         return "mpe", task + (f"_N{args['num_agents'] or 3}" if task == "simple_spread_v3" else ""), args["policy"]
@@ -45,7 +48,7 @@ def collect(runs: Path) -> None:
     """
     for result in sorted(runs.glob("*/result.json")):
         args = json.loads((result.parent / "args.json").read_text())
-        if args["script"] not in ("ddpl_mpe", "qvpo", "sac", "bang_bang"):
+        if args["script"] not in ("ddpl_mpe", "ddpl_mamujoco", "qvpo", "sac", "bang_bang"):
             continue
         benchmark, task, arm = place(args)
         target = RESULTS / benchmark / task / f"{arm}_{args['seed']}.csv"
@@ -60,13 +63,17 @@ def collect(runs: Path) -> None:
 
 
 def load(task: Path, arm: str, mode: str) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Steps [evaluations], returns [seeds, evaluations], and the seeds' mean spread and minutes."""
+    """Steps [evaluations], returns [seeds, evaluations], and the seeds' mean minutes and final spread (or saturation).
+
+    The latter is NaN where neither was recorded.
+    """
     tables = [list(csv.DictReader(open(path))) for path in sorted(task.glob(f"{arm}_*.csv"))]
     curves = [[row for row in table if row["mode"] == mode] for table in tables]
     returns = np.array([[float(row["return_mean"]) for row in curve] for curve in curves])
     minutes = np.mean([float(table[-1]["seconds"]) for table in tables]) / 60
-    spread = np.mean([float(table[-1].get("final_spread", "nan")) for table in tables])
-    return np.array([int(row["global_step"]) for row in curves[0]]), returns, spread, minutes
+    spreads = [curve[-1].get("final_spread") or curve[-1].get("saturation") or "nan" for curve in curves]
+    steps = np.array([int(row["global_step"]) for row in curves[0]])
+    return steps, returns, minutes, np.mean([float(spread) for spread in spreads])
 
 
 def bootstrap(values: np.ndarray, repeats: int = 10_000) -> np.ndarray:
@@ -83,7 +90,7 @@ def plot(task: Path) -> None:
     """<task>.png: mean and interval over seeds of the deterministic returns, each seed as a thin line."""
     figure, axes = plt.subplots(figsize=(5, 3.2), dpi=100)
     for arm, color in ARMS[task.parent.name].items():
-        steps, returns, _, _ = load(task, arm, "deterministic")
+        steps, returns, *_ = load(task, arm, "deterministic")
         axes.plot(steps, returns.T, color=color, linewidth=0.5, alpha=0.4)
         axes.plot(steps, returns.mean(0), color=color, label=f"{arm} ({len(returns)} seeds)")
         axes.fill_between(steps, *interval(bootstrap(returns)), color=color, alpha=0.2, linewidth=0)
@@ -95,24 +102,29 @@ def plot(task: Path) -> None:
 
 
 def table_rows(task: Path) -> list[str]:
-    """The README's rows of one task: final returns of every seed, their mean and interval, and the difference."""
+    """The README's rows of one task: final returns of every seed, their mean and interval, and the difference.
+
+    The difference is that of the first and the last arm of ARMS; arms that ARMS does not name follow behind.
+    """
     rows, final = [], {}
-    arms = ARMS[task.parent.name]
-    for arm in arms:
-        cells = []
+    arms = list(ARMS[task.parent.name])
+    others = {path.stem.rpartition("_")[0] for path in task.glob("*.csv")}.difference(arms)
+    for arm in arms + sorted(others):
+        cells, spreads = [], []
         for mode in ("deterministic", "stochastic"):
-            _, returns, spread, minutes = load(task, arm, mode)
+            _, returns, minutes, spread = load(task, arm, mode)
             final[arm, mode] = returns[:, -1]
             low, high = interval(bootstrap(returns[:, -1]))
             cells.append(f"{returns[:, -1].mean():.2f} [{low:.2f}, {high:.2f}]")
+            spreads.append("" if np.isnan(spread) else f"{spread:.2f}")
         seeds = " ".join(f"{value:.1f}" for value in final[arm, "deterministic"])
-        spread = "" if np.isnan(spread) else f"{spread:.2f}"
+        spread = ", ".join(dict.fromkeys(spreads))  # a saturation is that of one way to play, a spread of the policy
         rows.append(f"| {task.name} | {arm} | {cells[0]} | {cells[1]} | {seeds} | {spread} | {minutes:.1f} |")
-    ours, *_, theirs = (final[arm, "deterministic"] for arm in arms)
+    ours, theirs = final[arms[0], "deterministic"], final[arms[-1], "deterministic"]
     # Resampled with different numbers: the seeds of the two policies are not paired.
     difference = bootstrap(ours) - np.random.default_rng(1).permutation(bootstrap(theirs))
     low, high = interval(difference)
-    rows.append(f"| | difference | {ours.mean() - theirs.mean():+.2f} [{low:+.2f}, {high:+.2f}] | | | | |")
+    rows.insert(len(arms), f"| | difference | {ours.mean() - theirs.mean():+.2f} [{low:+.2f}, {high:+.2f}] | | | | |")
     return rows
 
 
@@ -120,8 +132,9 @@ def main() -> None:
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
     for benchmark in (name for name in ARMS if (RESULTS / name).exists()):
+        column = "saturation" if benchmark == "bang_bang" else "spread"
         print(
-            "| task | policy | deterministic return | stochastic return | deterministic, each seed | spread | minutes |"
+            f"| task | policy | deterministic return | stochastic return | deterministic, each seed | {column} | minutes |"
         )
         print("|---|---|---|---|---|---|---|")
         for task in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
