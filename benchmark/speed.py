@@ -10,14 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import ddpl_mamujoco  # noqa: E402
 import ddpl_mpe  # noqa: E402
 import qvpo  # noqa: E402
 from benchmark.qvpo_published import PublishedLearner  # noqa: E402
@@ -65,6 +69,48 @@ def measure_mpe() -> None:
     print(f"candidate scoring, share of a bare GEMM's rate   {ms['gemm'] / ms['score']:.0%}  (at least 50 %)")
 
 
+def mamujoco_update(agent_conf: str, policy: str):
+    """A learner for HalfCheetah at the defaults and a batch of that shape."""
+    args = ddpl_mamujoco.Args(agent_conf=agent_conf, policy=policy)
+    env = ddpl_mamujoco.StackedAgents(args)
+    (num_agents, obs_size), action_size = env.observation_space["obs"].shape, env.action_space.shape[1]
+    state_size, size = env.observation_space["state"].shape[0], args.batch_size
+    learner = ddpl_mamujoco.Learner(args, num_agents, obs_size, action_size, state_size, env.action_mask())
+    obs, next_obs = torch.randn(2, num_agents, size, obs_size)
+    state, next_state = torch.randn(2, size, state_size)
+    actions = 2 * torch.rand(num_agents, size, action_size) - 1
+    batch = ddpl_mamujoco.Batch(obs, actions, torch.randn(size), torch.zeros(size), next_obs, state, next_state)
+    return learner, batch
+
+
+def play_step(env, actions: np.ndarray) -> None:
+    """One step of every copy; those that end start anew."""
+    *_, terminated, truncated, _ = env.step(actions)
+    if (terminated | truncated).any():
+        env.reset(options={"reset_mask": terminated | truncated})
+
+
+def measure_mamujoco() -> None:
+    """ddpl_mamujoco.py: the update against the Gaussian's and with more agents, and copies in processes of their own."""
+    runs = {f"{p} {c}": mamujoco_update(c, p) for c, p in product(("2x3", "6x1"), ("gaussian", "diffusion"))}
+    ms = medians(100, **{name: lambda run=run: ddpl_mamujoco.update(*run) for name, run in runs.items()})
+    print("ddpl_mamujoco.py, one update, HalfCheetah   ms    " + "  ".join(f"{n}: {v:.1f}" for n, v in ms.items()))
+    print(f"  diffusion / gaussian, 2x3                 {ms['diffusion 2x3'] / ms['gaussian 2x3']:.2f}  (at most 2.5)")
+    print(f"  diffusion, 6x1 / 2x3                      {ms['diffusion 6x1'] / ms['diffusion 2x3']:.2f}")
+
+    for scenario, agent_conf in (("HalfCheetah", "2x3"), ("Ant", "4x2"), ("Humanoid", "9|8")):
+        args = ddpl_mamujoco.Args(scenario=scenario, agent_conf=agent_conf)
+        envs = {
+            name: ddpl_mamujoco.make_vector_env(replace(args, async_envs=name == "async")) for name in ("sync", "async")
+        }
+        actions = np.zeros(envs["sync"].action_space.shape, np.float32)
+        for env in envs.values():
+            env.reset(seed=0)
+        ms = medians(200, **{name: lambda env=env: play_step(env, actions) for name, env in envs.items()})
+        envs["async"].close()
+        print(f"  {scenario}, {args.num_envs} copies, steps in one process / in as many  {ms['sync'] / ms['async']:.2f}")
+
+
 def measure_qvpo() -> None:
     """qvpo.py: the update of HalfCheetah's size at --preset paper against the published procedure, and the laptop's."""
     batch = qvpo.Batch(
@@ -96,6 +142,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     measure_mpe()
+    measure_mamujoco()
     measure_qvpo()
     if "--full" in sys.argv:
         start = time.perf_counter()
