@@ -43,25 +43,22 @@ def run(job: tuple[str, str, float, int]) -> dict:
     return {"head": head, "form": form, "cost": cost, "seed": seed} | {name: evaluation[name] for name in names}
 
 
+def series(rows: list[dict], head: str, form: str, name: str) -> np.ndarray:
+    """A column of one head's runs, [costs, seeds]. Free actions have no form: they count for both."""
+    chosen = [row for row in rows if row["head"] == head and (row["form"] == form or not row["cost"])]
+    return np.array([[float(row[name]) for row in chosen if row["cost"] == cost] for cost in COSTS])
+
+
 def plot(rows: list[dict]) -> None:
     """Return and saturation against the cost, for both forms: mean over seeds, each seed as a dot."""
     figure = Figure(figsize=(9, 6), dpi=80, layout="tight")
     positions = np.arange(len(COSTS))
     for (form, name), axes in zip(product(("l1", "l2"), ("return_mean", "saturation")), figure.subplots(2, 2).flat):
         for head, color in COLORS.items():
-            values = np.array(
-                [
-                    [
-                        float(r[name])
-                        for r in rows
-                        if (r["head"], r["cost"]) == (head, c) and (r["form"] == form or not c)
-                    ]
-                    for c in COSTS
-                ]
-            )
+            values = series(rows, head, form, name)
             axes.plot(positions, values.mean(1), color=color, marker="o", label=head)
             axes.plot(positions, values, ".", color=color, alpha=0.4)
-        axes.set(xticks=positions, xticklabels=COSTS, xlabel=f"action cost ({form})", ylabel=name.replace("_mean", ""))
+        axes.set(xticks=positions, xticklabels=COSTS, xlabel=f"action cost ({form})", ylabel=name.removesuffix("_mean"))
     figure.axes[0].legend()
     figure.savefig(RESULTS / "action_cost.png")
 
@@ -77,9 +74,10 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     plot(rows)
-    for head, form, cost, _ in (job for job in jobs if job[3] == SEEDS[0]):
-        returns = [float(r["return_mean"]) for r in rows if (r["head"], r["form"], r["cost"]) == (head, form, cost)]
-        print(f"{head:11s} {form} {cost:5} return {np.mean(returns):8.1f} {np.round(returns, 1)}")
+    for form, head in product(("l1", "l2"), COLORS):
+        returns, saturations = (series(rows, head, form, name) for name in ("return_mean", "saturation"))
+        for cost, values, share in zip(COSTS, returns, saturations.mean(1)):
+            print(f"{form} {cost:5} {head:11s} return {values.mean():8.1f} {values.round(1)}  saturation {share:.2f}")
 
 
 if __name__ == "__main__":

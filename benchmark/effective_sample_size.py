@@ -54,7 +54,7 @@ def entropy(temperature: float) -> float:
 def propose_and_weigh(
     share: Tensor, dimensions: int, temperature: float, proposal: tuple[int, int, int, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Candidates, their weights, the estimated entropy and the block that was proposed; anchors are drawn from share."""
+    """Candidates, their weights, the estimated entropy and the proposed block; anchors are drawn from share."""
     num_uniform, num_per_kernel, block_size, langevin = proposal
     rows = share.multinomial(STATES * dimensions, replacement=True)
     anchor = GRID[rows].float().view(1, STATES, dimensions)

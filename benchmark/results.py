@@ -132,11 +132,9 @@ def main() -> None:
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
     for benchmark in (name for name in ARMS if (RESULTS / name).exists()):
-        column = "saturation" if benchmark == "bang_bang" else "spread"
-        print(
-            f"| task | policy | deterministic return | stochastic return | deterministic, each seed | {column} | minutes |"
-        )
-        print("|---|---|---|---|---|---|---|")
+        columns = ["task", "policy", "deterministic return", "stochastic return", "deterministic, each seed"]
+        columns += ["saturation" if benchmark == "bang_bang" else "spread", "minutes"]
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
         for task in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
             plot(task)
             print("\n".join(table_rows(task)))

@@ -108,7 +108,9 @@ def measure_mamujoco() -> None:
             env.reset(seed=0)
         ms = medians(200, **{name: lambda env=env: play_step(env, actions) for name, env in envs.items()})
         envs["async"].close()
-        print(f"  {scenario}, {args.num_envs} copies, steps in one process / in as many  {ms['sync'] / ms['async']:.2f}")
+        print(
+            f"  {scenario}, {args.num_envs} copies, steps in one process / in as many  {ms['sync'] / ms['async']:.2f}"
+        )
 
 
 def measure_qvpo() -> None:

@@ -1,0 +1,479 @@
+"""ddpl_smax_jax.py: the same maths as in PyTorch, battles, the compiled program, its run folders."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from helpers import command, error_of, evaluations, wait_for
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import ddpl_mamujoco
+import ddpl_smax_jax as smax
+from ddpl_smax_jax import Args, make_env, train
+
+SMALL = dict(total_timesteps=384, num_envs=8, learning_starts=128, log_interval=128, checkpoint_interval=128)
+SMALL |= dict(eval_interval=128, eval_episodes=2, final_eval_episodes=3, critic_hidden=16, actor_hidden=8)
+SMALL |= dict(local_critic_hidden=8, batch_size=16, actor_batch_size=8, denoising_steps=3, buffer_size=200)
+N, O, S, B = 3, 5, 7, 6  # noqa: E741, agents, sizes of observation and state, batch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    """Processes started by the tests share what they compile."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    jax.config.update("jax_compilation_cache_dir", folder)
+    yield
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+# ---- the same numbers as the PyTorch scripts
+
+
+def both(*shape, low=None):
+    """The same random numbers for JAX and PyTorch, normal or uniform from low to 1."""
+    x = torch.randn(shape) if low is None else low + (1 - low) * torch.rand(shape)
+    return jnp.asarray(x.numpy()), x
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    np.testing.assert_allclose(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
+
+
+def learners(policy="diffusion"):
+    """The learner in JAX, and the same parameters in PyTorch."""
+    args = Args(policy=policy, critic_hidden=16, actor_hidden=8, local_critic_hidden=8, actor_batch_size=B)
+    torch_args = ddpl_mamujoco.Args(**{k: getattr(args, k) for k in smax.run_arguments(args) if k in TORCH_FIELDS})
+    ours = smax.Learner.create(jax.random.PRNGKey(0), args, N, O, S)
+    ours = ours._replace(  # otherwise the denoiser says 0 and the target critic what the critic says
+        policy=jax.tree.map(lambda x: x + 0.1, ours.policy),
+        target_critic=jax.tree.map(lambda x: x - 0.05, ours.critic),
+        log_temperature=jnp.log(jnp.array([0.05, 0.2, 1.0])),
+    )
+    theirs = ddpl_mamujoco.Learner(torch_args, N, O, 4, S, torch.ones(N, 4))
+    for name in ("policy", "critic", "target_critic", "local_critic"):
+        if getattr(ours, name) is not None:
+            arrays = smax.named_arrays(getattr(ours, name)).items()
+            getattr(theirs, name).load_state_dict({key[1:]: torch.tensor(np.asarray(x)) for key, x in arrays})
+    theirs.log_temperature.data = torch.tensor(np.asarray(ours.log_temperature))
+    return args, ours, theirs
+
+
+TORCH_FIELDS = {field for field in ddpl_mamujoco.run_arguments(ddpl_mamujoco.Args())} - {"num_envs"}
+
+
+def assert_same_learner(ours, theirs, names, tolerance=1e-4):
+    """Adam makes steps of 1e-3 out of the smallest gradients, rounding included, so the tolerance is a tenth of one."""
+    for name in names:
+        parameters = getattr(theirs, name).state_dict()
+        for key, value in smax.named_arrays(getattr(ours, name)).items():
+            if (name, key) != ("local_critic", ".value.bias"):  # a constant, whose gradient is rounding noise
+                assert_same(value, parameters[key[1:]], tolerance)
+    assert_same(ours.log_temperature, theirs.log_temperature)
+
+
+def drawn(arrays):
+    """A stand-in for a random function of PyTorch that returns these arrays of JAX one by one."""
+    queue = [torch.tensor(np.asarray(array)) for array in arrays]
+    return lambda *_, **__: queue.pop(0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 10])
+def test_schedule_and_denoising_step(num_steps):
+    assert_same(smax.noise_schedule(num_steps), ddpl_mamujoco.noise_schedule(num_steps))
+    (x, torch_x), (v, torch_v) = both(N, B, 4), both(N, B, 4)
+    for t in range(1, num_steps + 1):
+        ours = smax.denoise_step(x, v, t, smax.noise_schedule(num_steps))
+        theirs = ddpl_mamujoco.denoise_step(torch_x, torch_v, t, ddpl_mamujoco.noise_schedule(num_steps))
+        for mine, other in zip(ours, theirs):
+            assert_same(mine, other)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_proposals(masked, monkeypatch):
+    (anchor, torch_anchor), (drift, torch_drift) = both(N, B, 4, low=-1), both(2, N, B, 4)
+    mask = jnp.array([[1.0, 1, 0, 1]] * N) if masked else None
+    key = jax.random.PRNGKey(3)
+    candidates, log_q = smax.propose_actions(key, anchor, drift, jnp.array([0.1, 0.9]), 5, 6, mask)
+    assert abs(candidates).max() <= 1
+    uniform_key, noise_key = jax.random.split(key)
+    monkeypatch.setattr(torch, "rand", drawn([jax.random.uniform(uniform_key, (N, 5, B, 4))]))
+    monkeypatch.setattr(torch, "randn", drawn([jax.random.normal(noise_key, (2, N, 6, B, 4))]))
+    torch_mask = torch.tensor(np.asarray(mask)) if masked else None
+    sigmas = torch.tensor([0.1, 0.9])
+    theirs = ddpl_mamujoco.propose_actions(torch_anchor, torch_drift, sigmas, 5, 6, torch_mask)
+    assert_same(candidates, theirs[0])
+    assert_same(log_q, theirs[1])
+
+
+def test_weights_and_target():
+    (q, torch_q), (log_q, torch_log_q) = both(N, 16, B), both(N, 16, B)
+    (x, torch_x), (actions, torch_actions) = both(N, 4, B, 4), both(N, 16, B, 4, low=-1)
+    signal, torch_signal = both(N, 4, B, low=0.01)
+    temperature = [0.05, 0.3, 2.0]
+    ours = smax.issm_weights(q, log_q, jnp.array(temperature))
+    theirs = ddpl_mamujoco.issm_weights(torch_q, torch_log_q, torch.tensor(temperature))
+    for mine, other in zip(ours, theirs):
+        assert_same(mine, other, 2e-5)
+    mine = smax.issm_target(x, 0.99 * signal, actions, ours[0])
+    assert_same(mine, ddpl_mamujoco.issm_target(torch_x, 0.99 * torch_signal, torch_actions, theirs[0]))
+
+
+def test_blocks_mark_random_dimensions_among_the_real_ones():
+    mask = jnp.array([[1.0, 1, 1, 1], [1, 1, 0, 0]])
+    blocks = jnp.stack([smax.random_blocks(key, mask, 3) for key in jax.random.split(jax.random.PRNGKey(0), 200)])
+    assert (blocks.sum(-1) == jnp.array([3, 2])).all() and (blocks[:, 1] == mask[1]).all()
+    np.testing.assert_allclose(blocks[:, 0].mean(0), 0.75, atol=0.12)
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_networks(policy, monkeypatch):
+    _, ours, theirs = learners(policy)
+    (obs, torch_obs), (state, torch_state) = both(N, B, O), both(B, S)
+    (actions, torch_actions), (candidates, torch_candidates) = both(N, B, 4, low=-1), both(N, 16, B, 4, low=-1)
+    key = jax.random.PRNGKey(1)
+    assert_same(ours.policy.sample(key, obs, True), theirs.policy.sample(torch_obs, deterministic=True))
+    if policy == "diffusion":
+        noise = jax.random.normal(key, (10, N, B, 4))
+        monkeypatch.setattr(torch, "randn", drawn(noise[:1]))
+        monkeypatch.setattr(torch, "randn_like", drawn([*noise[1:], noise[0]]))  # the last is multiplied by 0
+        assert_same(ours.local_critic(obs, candidates), theirs.local_critic(torch_obs, torch_candidates))
+    else:
+        monkeypatch.setattr(torch, "randn_like", drawn([jax.random.normal(key, (N, B, 4))] * 2))
+        for mine, other in zip(ours.policy.rsample(key, obs), theirs.policy.rsample(torch_obs)):
+            assert_same(mine, other)
+    assert_same(ours.policy.sample(key, obs), theirs.policy.sample(torch_obs))
+    assert_same(ours.critic(state, actions), theirs.critic(torch_state, torch_actions))
+    mine = ours.critic.score(state, actions, candidates)
+    assert_same(mine, theirs.critic.score(torch_state, torch_actions, torch_candidates))
+
+
+def batches():
+    (obs, torch_obs), (actions, torch_actions) = both(2, N, B, O), both(N, B, 4, low=-1)
+    (reward, torch_reward), (state, torch_state) = both(B), both(2, B, S)
+    ended = [0.0, 1, 0, 0, 1, 0]
+    ours = smax.Batch(obs[0], actions, reward, jnp.array(ended), obs[1], *state)
+    theirs = torch_obs[0], torch_actions, torch_reward, torch.tensor(ended), torch_obs[1], *torch_state
+    return ours, ddpl_mamujoco.Batch(*theirs)
+
+
+def test_critics_and_temperature_learn_the_same():
+    args, ours, theirs = learners()
+    batch, torch_batch = batches()
+    (actions, torch_actions), (candidates, torch_candidates) = both(N, B, 4, low=-1), both(N, 16, B, 4, low=-1)
+    alive = jnp.ones((N, B))
+    for _ in range(3):
+        ours, metrics = smax.update_critic(ours, batch, actions, args)
+        torch_metrics = ddpl_mamujoco.update_critic(theirs, torch_batch, torch_actions)
+        at = batch.state, batch.obs, actions
+        ours, q, more = smax.update_local_critic(ours, *at, alive, candidates, args)
+        at = torch_batch.state, torch_batch.obs, torch_actions
+        torch_q, torch_more = ddpl_mamujoco.update_local_critic(theirs, *at, torch_candidates)
+        assert_same(q - q.mean(1, keepdims=True), torch_q - torch_q.mean(1, keepdim=True))
+        excess = [0.3, -0.2, 1.0]
+        ours, temperature = smax.update_temperature(ours, jnp.array(excess), args)
+        torch_temperature = ddpl_mamujoco.update_temperature(theirs, torch.tensor(excess))
+        metrics, torch_metrics = metrics | more | temperature, torch_metrics | torch_more | torch_temperature
+        for name, value in metrics.items():
+            assert_same(value, torch_metrics[name])
+    assert_same_learner(ours, theirs, ["critic", "target_critic", "local_critic"])
+
+
+def test_gaussian_learns_the_same(monkeypatch):
+    args, ours, theirs = learners("gaussian")
+    batch, torch_batch = batches()
+    for number in range(3):
+        key = jax.random.PRNGKey(number)
+        monkeypatch.setattr(torch, "randn_like", drawn([jax.random.normal(key, (N, B, 4))]))
+        ours, metrics = smax.update_gaussian(ours, batch.state, batch.obs, jnp.ones((N, B)), args, key)
+        torch_metrics = ddpl_mamujoco.update_gaussian(theirs, torch_batch.state, torch_batch.obs)
+        for name, value in metrics.items():
+            assert_same(value, torch_metrics[name])
+    assert_same_learner(ours, theirs, ["policy"])
+
+
+def test_diffusion_learns_the_same(monkeypatch):
+    """With the random numbers of JAX in PyTorch, step by step."""
+    args, ours, theirs = learners()
+    batch, torch_batch = batches()
+    actions, torch_actions = both(N, B, 4, low=-1)
+    for number in range(3):
+        key = jax.random.PRNGKey(number)
+        block_key, propose_key, draw_key, time_key, noise_key = jax.random.split(key, 5)
+        block = smax.random_blocks(block_key, jnp.ones((N, 4)), args.block_size)
+        uniform_key, kernel_key = jax.random.split(propose_key)
+        uniform = jax.random.uniform(uniform_key, (N, 4, B, 4))
+        kernel = jax.random.normal(kernel_key, (2, N, 6, B, 4))
+        t = jax.random.randint(time_key, (N, 4, B), 1, args.denoising_steps + 1)
+        noise = jax.random.normal(noise_key, (N, 4, B, 4))
+        draws = []
+        choose = jax.random.categorical
+        spy = lambda *a, **k: (draws.append(choose(*a, **k)), draws[-1])[1]  # noqa: E731, B023
+        monkeypatch.setattr(jax.random, "categorical", spy)
+        alive = jnp.ones((N, B))
+        ours, metrics = smax.update_diffusion(ours, batch.state, batch.obs, actions, alive, args, key)
+        monkeypatch.setattr(jax.random, "categorical", choose)
+        chosen = draws[0].transpose(1, 2, 0).reshape(N * B, 4)
+        monkeypatch.setattr(ddpl_mamujoco, "random_blocks", drawn([block]))
+        monkeypatch.setattr(torch, "rand", drawn([uniform]))
+        monkeypatch.setattr(torch, "randn", drawn([kernel]))
+        monkeypatch.setattr(torch, "randn_like", drawn([noise]))
+        monkeypatch.setattr(torch, "randint", drawn([t.astype(jnp.int32)]))
+        monkeypatch.setattr(torch.Tensor, "multinomial", drawn([chosen.astype(jnp.int32)]))
+        with pytest.MonkeyPatch.context() as patch:  # indices are int64 in PyTorch
+            patch.setattr(torch, "randint", lambda *_, t=t, **__: torch.tensor(np.asarray(t)).long())
+            patch.setattr(torch.Tensor, "multinomial", lambda *_, c=chosen, **__: torch.tensor(np.asarray(c)).long())
+            torch_metrics = ddpl_mamujoco.update_diffusion(theirs, torch_batch.state, torch_batch.obs, torch_actions)
+        for name, value in metrics.items():
+            assert_same(value, torch_metrics[name], 1e-4)
+    assert_same_learner(ours, theirs, ["policy", "local_critic"])
+
+
+# ---- the dead
+
+
+def test_the_dead_learn_nothing():
+    """What a dead agent saw and did changes neither its own parameters nor the temperature."""
+    for policy in ("diffusion", "gaussian"):
+        args, learner, _ = learners(policy)
+        batch, _ = batches()
+        alive = jnp.ones((N, B)).at[1].set(0)
+        key = jax.random.PRNGKey(0)
+        results = []
+        for shift in (0.0, 3.0):
+            moved = batch._replace(next_obs=batch.next_obs.at[1].add(shift))
+            results.append(smax.update(learner, moved, jnp.ones((N, B)), alive, args, key)[0])
+        for name in ("policy", "local_critic", "critic"):
+            pairs = zip(jax.tree.leaves(getattr(results[0], name)), jax.tree.leaves(getattr(results[1], name)))
+            for one, other in pairs:
+                np.testing.assert_allclose(one, other, atol=1e-6)
+        change = jax.tree.map(lambda new, old: abs(new - old)[1].max(), results[0].policy, learner.policy)
+        assert max(jax.tree.leaves(change)) == 0
+        assert max(jax.tree.leaves(jax.tree.map(lambda x, y: abs(x - y)[0].max(), results[0].policy, learner.policy)))
+
+
+def test_the_living_are_those_with_health():
+    env = make_env(Args())
+    env_state, obs, _ = smax.reset(env, jax.random.PRNGKey(0))
+    assert (smax.living(env, obs) == 1).all()
+    state = env_state.state.replace(unit_alive=env_state.state.unit_alive.at[1].set(False))
+    observations = env.get_obs(env_state.replace(state=state))
+    observations["world_state"] = env.get_world_state(env_state.replace(state=state))
+    obs, _ = smax.arrays(env, observations)
+    assert smax.living(env, obs).tolist() == [1, 0, 1] and (obs[1] == 0).all()
+    learner = learners()[1]._replace(policy=smax.DiffusionPolicy.create(jax.random.PRNGKey(0), Args(), N, obs.shape[1]))
+    actions = smax.act(learner, env, jax.random.PRNGKey(0), obs[None])
+    assert (actions[0, 1] == 0).all() and (actions[0, [0, 2]] != 0).all()
+
+
+# ---- battles
+
+
+def nearest_enemy(env, obs):
+    """A scripted policy [N, O] -> [N, D]: walk to the nearest enemy in sight and shoot it, else walk to their side."""
+    features, allies = len(env.unit_features), env.num_agents
+    enemies = obs[:, (allies - 1) * features : -len(env.own_features)].reshape(allies, env.num_enemies, features)
+    seen = enemies[..., 0] > 0
+    away = enemies[..., 1:3] * env.unit_type_sight_ranges[0]
+    distance = jnp.where(seen, jnp.linalg.norm(away, axis=-1), jnp.inf)
+    nearest = jnp.take_along_axis(away, distance.argmin(-1)[:, None, None], axis=1)[:, 0]
+    angle = jnp.arctan2(nearest[:, 1], nearest[:, 0]) % (2 * jnp.pi) / (2 * jnp.pi) * seen.any(-1)
+    in_range = distance.min(-1) < env.unit_type_attack_ranges[0]
+    unit = jnp.stack([jnp.ones(allies), 1.0 - in_range, jnp.ones(allies), angle], axis=-1)
+    return 2 * unit - 1
+
+
+@pytest.mark.parametrize("corpses_are_targets", [False, True])
+def test_corpses_are_no_targets(corpses_are_targets):
+    """The scripted team wins half of its battles, and none if it may not take its eyes off the dead."""
+    env = make_env(Args(corpses_are_targets=corpses_are_targets))
+
+    def battle(key):
+        reset_key, key = jax.random.split(key)
+
+        def play(carry, key):
+            env_state, obs, playing, won = carry
+            after, env_state, obs, _ = smax.step(env, key, env_state, nearest_enemy(env, obs))
+            return (env_state, obs, playing & ~after.ended, won | (playing & after.won)), None
+
+        env_state, obs, _ = smax.reset(env, reset_key)
+        start = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), env_state), obs, jnp.array(True), jnp.array(False)
+        return jax.lax.scan(play, start, jax.random.split(key, 101))[0][3]
+
+    wins = jax.jit(jax.vmap(battle))(jax.random.split(jax.random.PRNGKey(0), 64)).mean()
+    assert wins < 0.1 if corpses_are_targets else wins > 0.3
+
+
+def test_last_observation_and_time_limit():
+    env = make_env(Args())
+    env_state, obs, _ = smax.reset(env, jax.random.PRNGKey(0))
+    play, actions = jax.jit(partial(smax.step, env)), -jnp.ones((N, 4))
+    for number in range(101):
+        late = env_state.replace(state=env_state.state.replace(step=jnp.array(number)))
+        after, going_on, new_obs, _ = play(jax.random.PRNGKey(1), late, actions)
+        if number < 100:
+            assert not after.ended and going_on.state.step == number + 1 and (new_obs == after.obs).all()
+    assert after.ended and not after.terminated and not after.won  # cut off, by nobody's death
+    assert going_on.state.step == 0 and (new_obs != after.obs).any()
+    moved = abs(after.obs - obs).max()
+    assert 0 < moved < 0.5  # the battle's own last observation, not that of the next one
+
+    dying = env_state.state.replace(unit_health=env_state.state.unit_health.at[N:].set(1e-3))
+    positions = dying.unit_positions.at[N:].set(jnp.array([[0.0, 1.0]]))  # walls kill
+    after, going_on, *_ = play(
+        jax.random.PRNGKey(1), env_state.replace(state=dying.replace(unit_positions=positions)), actions
+    )
+    assert after.ended and after.terminated and after.won and after.dead_allies == 0 and after.reward > 1
+    assert going_on.state.unit_alive.all()
+
+
+def test_state_is_normalised():
+    env = make_env(Args(map_name="2s3z"))
+    _, obs, state = smax.reset(env, jax.random.PRNGKey(0))
+    assert obs.shape == (5, env.obs_size) and state.shape == (env.state_size,)
+    assert 0 <= state.min() and state.max() == 1
+
+
+def test_replay_rows_keep_their_fields():
+    batch, _ = batches()
+    transitions = smax.Batch(*(x.swapaxes(0, 1) if x.ndim > 2 else x for x in batch))
+    rows = smax.flat(transitions)
+    shapes = smax.Batch(*(x.shape[1:] for x in transitions))
+    drawn_batch = smax.sample_batch(jax.random.PRNGKey(0), rows, jnp.array(2), 50, shapes)
+    chosen = jax.random.randint(jax.random.PRNGKey(0), (50,), 0, 2)
+    for ours, theirs in zip(drawn_batch, batch):
+        assert (ours == (theirs[:, chosen] if theirs.ndim > 2 else theirs[chosen])).all()
+    assert set(chosen.tolist()) == {0, 1}
+
+
+# ---- the program
+
+
+def test_train_returns_and_files():
+    result = train(Args(**SMALL))
+    run_dir = Path(result["run_dir"])
+    assert result["global_step"] == 384 and len(result["episodic_returns"]) == 3
+    assert result["final_return"] == pytest.approx(np.mean(result["episodic_returns"]))
+    assert json.loads((run_dir / "result.json").read_text())["final_return"] == result["final_return"]
+    rows = list(csv.DictReader(open(run_dir / "evaluations.csv")))
+    assert [(int(r["global_step"]), r["mode"]) for r in rows] == [
+        (s, m) for s in (128, 256, 384) for m in ("stochastic", "deterministic")
+    ]
+    assert all(0 <= float(r["win_rate"]) <= 1 and float(r["episode_length"]) <= 101 for r in rows)
+
+
+def test_seeds_side_by_side_equal_single_runs():
+    options = SMALL | dict(total_timesteps=256)
+    together = learner_of(train(Args(num_seeds=2, **options)))
+    for number in range(2):
+        alone = learner_of(train(Args(seed=1 + number, **options)))
+        for name, values in alone.items():
+            np.testing.assert_allclose(values[0], together[name][number], rtol=1e-3, atol=1e-4)
+
+
+def learner_of(result):
+    tensors = load_file(f"{result['run_dir']}/checkpoint.safetensors")
+    return {name: values for name, values in tensors.items() if name.startswith(".learner")}
+
+
+def test_two_devices_share_the_seeds():
+    """Two processes: with one device and with two."""
+    runs = []
+    for devices in (1, 2):
+        flags = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        options = SMALL | dict(total_timesteps=256, num_seeds=2)
+        subprocess.run(command(smax, **options), env=flags, check=True, capture_output=True)
+        (run_dir,) = set(Path("runs").iterdir()) - set(runs)
+        runs.append(run_dir)
+    one, two = (learner_of({"run_dir": run_dir}) for run_dir in runs)
+    for name, values in one.items():
+        np.testing.assert_allclose(values, two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_killed_run_resumes_bit_for_bit():
+    whole = Path(train(Args(**SMALL, num_seeds=2))["run_dir"])
+    process = subprocess.Popen(command(smax, **SMALL, num_seeds=2), stderr=subprocess.DEVNULL)
+    wait_for(process, lambda: len(list(Path("runs").iterdir())) == 2)
+    (run_dir,) = set(Path("runs").iterdir()) - {whole}
+    for reached in (128, 256):
+        wait_for(process, lambda: progress(run_dir) >= reached)  # noqa: B023
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run_dir / "result.json").exists()
+        process = subprocess.Popen(command(smax, resume=run_dir), stderr=subprocess.DEVNULL)
+    assert process.wait() == 0
+    ours, theirs = (load_file(folder / "checkpoint.safetensors") for folder in (run_dir, whole))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert evaluations(run_dir) == evaluations(whole)
+
+
+def progress(run_dir):
+    path = run_dir / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["json"])["progress"][0]
+
+
+def test_evaluate_plays_and_films(capsys):
+    run_dir = train(Args(**SMALL))["run_dir"]
+    for _ in range(2):
+        smax.main(Args(evaluate=run_dir, capture_video=True))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "return" in line]
+    assert len(lines) == 4 and lines[:2] == lines[2:] and "win rate" in lines[0]
+    assert (Path(run_dir) / "deterministic.gif").stat().st_size > 10_000
+
+
+def test_invalid_arguments_are_named_in_one_sentence():
+    for options in (
+        dict(map_name="4m"),
+        dict(steps_per_update=7),
+        dict(log_interval=100),
+        dict(num_seeds=0),
+        dict(tau=0.0),
+        dict(gamma=1.1),
+        dict(sigmas=()),
+        dict(target_entropy=0.7),
+        dict(actor_lr=float("inf")),
+        dict(num_uniform=1, num_per_kernel=0),
+    ):
+        message = error_of(smax, **options)
+        name = "num-per-kernel" if "num_uniform" in options else next(iter(options)).replace("_", "-")
+        assert f"--{name}" in message and ("must be" in message or "choose from" in message)
+        assert not Path("runs").exists()
+    assert "3m, 2s3z" in error_of(smax, map_name="4m")
+
+
+def test_unfit_run_folders_are_named():
+    assert "no checkpoint.safetensors" in error_of(smax, resume="runs/none")
+    run_dir = train(Args(**SMALL | dict(total_timesteps=128)))["run_dir"]
+    assert "drop --seed" in error_of(smax, resume=run_dir, seed=2)
+    (Path(run_dir) / "checkpoint.safetensors").write_bytes(b"damaged")
+    assert "is damaged" in error_of(smax, resume=run_dir) and run_dir in error_of(smax, resume="runs/none")
+
+
+def test_nan_stops_the_run():
+    message = error_of(smax, **SMALL, critic_lr=1e30)
+    assert "NaN or infinite at step" in message
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_learning_beats_the_random_team(policy):
+    """The team before any learning is the random one: 3m pays the share of health shot away, and 1 for a won battle."""
+    args = Args(policy=policy, total_timesteps=16_000, final_eval_episodes=128)
+    env = make_env(args)
+    learner = jax.vmap(partial(smax.begin, env, args))(jnp.array([1])).learner
+    before = smax.evaluator(env, args)(learner, 128, False, 0)["return"].mean()
+    result = train(args)
+    rows = list(csv.DictReader(open(Path(result["run_dir"]) / "evaluations.csv")))
+    assert [float(row["return_mean"]) for row in rows if row["mode"] == "stochastic"][-1] > before + 0.15
