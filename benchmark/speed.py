@@ -83,15 +83,15 @@ def mamujoco_update(agent_conf: str, policy: str):
     return learner, batch
 
 
-def play_step(env, actions: np.ndarray) -> None:
-    """One step of every copy; those that end start anew."""
-    *_, terminated, truncated, _ = env.step(actions)
+def play_step(env) -> None:
+    """One step of every copy without forces; those that end start anew."""
+    *_, terminated, truncated, _ = env.step(np.zeros(env.action_space.shape, np.float32))
     if (terminated | truncated).any():
         env.reset(options={"reset_mask": terminated | truncated})
 
 
 def measure_mamujoco() -> None:
-    """ddpl_mamujoco.py: the update against the Gaussian's and with more agents, and copies in processes of their own."""
+    """ddpl_mamujoco.py: the update against the Gaussian's and with more agents; copies in processes of their own."""
     runs = {f"{p} {c}": mamujoco_update(c, p) for c, p in product(("2x3", "6x1"), ("gaussian", "diffusion"))}
     ms = medians(100, **{name: lambda run=run: ddpl_mamujoco.update(*run) for name, run in runs.items()})
     print("ddpl_mamujoco.py, one update, HalfCheetah   ms    " + "  ".join(f"{n}: {v:.1f}" for n, v in ms.items()))
@@ -103,14 +103,11 @@ def measure_mamujoco() -> None:
         envs = {
             name: ddpl_mamujoco.make_vector_env(replace(args, async_envs=name == "async")) for name in ("sync", "async")
         }
-        actions = np.zeros(envs["sync"].action_space.shape, np.float32)
         for env in envs.values():
             env.reset(seed=0)
-        ms = medians(200, **{name: lambda env=env: play_step(env, actions) for name, env in envs.items()})
+        ms = medians(200, **{name: lambda env=env: play_step(env) for name, env in envs.items()})
         envs["async"].close()
-        print(
-            f"  {scenario}, {args.num_envs} copies, steps in one process / in as many  {ms['sync'] / ms['async']:.2f}"
-        )
+        print(f"  {scenario}, {args.num_envs} copies in one process / in as many  {ms['sync'] / ms['async']:.2f}")
 
 
 def measure_qvpo() -> None:
