@@ -11,11 +11,15 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
+from jax import lax
 from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import ddpl_mamujoco  # noqa: E402
 import ddpl_mpe  # noqa: E402
+import ddpl_smax_jax  # noqa: E402
 import qvpo  # noqa: E402
 from benchmark.qvpo_published import PublishedLearner  # noqa: E402
 
@@ -137,12 +142,98 @@ def measure_qvpo() -> None:
     print(f"one update at --preset laptop, on average   ms    {average:.1f}  (at most 40)")
 
 
+def seconds_of(function) -> float:
+    """Seconds until the arrays that function returns are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def measure_smax() -> None:
+    """ddpl_smax_jax.py on 3m: the compiled loop, its parts, the same driven from Python, and seeds side by side."""
+    args = ddpl_smax_jax.Args()
+    env, length = ddpl_smax_jax.make_env(args), args.log_interval // args.num_envs
+
+    def begin(num_seeds: int):
+        return jax.jit(jax.vmap(partial(ddpl_smax_jax.begin, env, args)))(jnp.arange(num_seeds))
+
+    def chunk(learning: bool, num_seeds: int):
+        """Seconds to compile, and a function that runs a chunk (the state is donated, so it is handed on)."""
+        run = ddpl_smax_jax.compiled(partial(ddpl_smax_jax.run_chunk, env, args, learning), num_seeds, donate=True)
+        states = [begin(num_seeds)]
+
+        def go() -> jax.Array:
+            states[0], metrics = run(states[0], length)
+            return metrics
+
+        return seconds_of(go), go
+
+    compile_seconds, whole = chunk(True, 1)
+    _, simulation = chunk(False, 1)
+    _, eight_seeds = chunk(True, 8)
+
+    training = jax.tree.map(lambda leaf: leaf[0], begin(1))
+    step = partial(ddpl_smax_jax.step, env)
+
+    @jax.jit
+    def act(training, key):
+        return ddpl_smax_jax.act(training.learner, env, key, training.obs)
+
+    @jax.jit
+    def acting(training, key):
+        return lax.scan(lambda _, k: (act(training, k), None), act(training, key), jax.random.split(key, length))[0]
+
+    # The same loop as separate compiled functions, called from Python step by step.
+    step_all = jax.jit(jax.vmap(step))
+    store = jax.jit(lambda buffer, rows, first: lax.dynamic_update_slice(buffer, rows, (first, 0)), donate_argnums=0)
+    rows_of, shapes = jax.jit(ddpl_smax_jax.flat), ddpl_smax_jax.batch_shapes(env)
+
+    @jax.jit
+    def learn(learner, buffer, key):
+        batch = ddpl_smax_jax.sample_batch(key, buffer, len(buffer), args.batch_size, shapes)
+        alive = (ddpl_smax_jax.living(env, obs) for obs in (batch.obs, batch.next_obs))
+        return ddpl_smax_jax.update(learner, batch, *alive, args, key)
+
+    def from_python(state=training) -> jax.Array:
+        learner, buffer, key = state.learner, state.buffer.copy(), state.key
+        env_state, obs, states, returns = state.env_state, state.obs, state.state, np.zeros(args.num_envs)
+        for index in range(length):
+            key, act_key, step_key, *learn_keys = jax.random.split(key, 3 + args.num_envs // args.steps_per_update)
+            actions = act(state._replace(learner=learner, obs=obs), act_key)
+            keys = jax.random.split(step_key, args.num_envs)
+            after, env_state, next_obs, next_states = step_all(keys, env_state, actions)
+            ended = after.terminated.astype(jnp.float32)
+            rows = rows_of(ddpl_smax_jax.Batch(obs, actions, after.reward, ended, after.obs, states, after.state))
+            buffer = store(buffer, rows, index * args.num_envs)
+            returns = np.where(after.ended, 0, returns + after.reward)
+            obs, states = next_obs, next_states
+            for learn_key in learn_keys:
+                learner, _ = learn(learner, buffer, learn_key)
+        return learner
+
+    from_python()
+    functions = {"whole": whole, "simulation": simulation, "python": from_python, "eight": eight_seeds}
+    functions["acting"] = lambda: acting(training, training.key)
+    ms = medians(5, warm_up=1, **{name: lambda f=f: jax.block_until_ready(f()) for name, f in functions.items()})
+    rates = {name: args.log_interval / ms[name] * 1e3 for name in ("whole", "simulation", "python")}
+    print(f"ddpl_smax_jax.py, 3m, compiled in {compile_seconds:.0f} s     steps/s  {rates['whole']:.0f}")
+    print(f"  random actions, nothing learned                    {rates['simulation']:.0f}")
+    print(f"  the same loop driven from Python                   {rates['python']:.0f}")
+    print(f"  compiled / driven from Python                      {ms['python'] / ms['whole']:.2f}  (at least 3)")
+    shares = ms["simulation"] / ms["whole"], ms["acting"] / ms["whole"]
+    print(
+        f"  share of simulation, acting, learning              {shares[0]:.0%}, {shares[1]:.0%}, {1 - sum(shares):.0%}"
+    )
+    print(f"  eight seeds side by side / eight runs              {ms['eight'] / 8 / ms['whole']:.2f}  (below 1)")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     measure_mpe()
     measure_mamujoco()
     measure_qvpo()
+    measure_smax()
     if "--full" in sys.argv:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
