@@ -147,6 +147,9 @@ SCRIPT = "ddpl_smax_jax"
 ACTION_SIZE = 4  # shoot last enemy, do shoot, distance, angle; the first two are probabilities of NOT doing so
 
 
+BATTLE = ("returns", "win_rate", "episode_length", "dead_allies")  # the numbers of a battle; returns are undiscounted
+
+
 class RunError(Exception):
     """A wrong argument or a failed run, told to the user in one sentence."""
 
@@ -758,8 +761,8 @@ def play_and_learn(
     buffer = lax.dynamic_update_slice(training.buffer, rows, (first, 0))
     returns, lengths = training.returns + after.reward, training.lengths + 1
     ended = after.ended.astype(jnp.float32)
-    metrics = {"battles": ended.sum(), "returns": (ended * returns).sum(), "lengths": (ended * lengths).sum()}
-    metrics |= {"wins": (ended * after.won).sum(), "dead_allies": (ended * after.dead_allies).sum()}
+    numbers = dict(zip(BATTLE, (returns, after.won, lengths, after.dead_allies)))
+    metrics = {"battles": ended.sum()} | {name: (ended * value).sum() for name, value in numbers.items()}
 
     # Learn.
     learner, shapes = training.learner, batch_shapes(env)
@@ -784,18 +787,15 @@ def run_chunk(
     """--log-interval environment steps; counts of what happened, and means of the updates' metrics."""
     indices = start + jnp.arange(args.log_interval // args.num_envs)
     training, metrics = lax.scan(partial(play_and_learn, env, args, learning), training, indices)
-    counts = {name: metrics.pop(name).sum() for name in ("returns", "lengths", "wins", "dead_allies")}
-    battles = metrics.pop("battles").sum()
+    battles, *sums = (metrics.pop(name).sum() for name in ("battles", *BATTLE))
     averages = jax.tree.map(jnp.mean, metrics)
-    names = {"returns": "returns/training", "lengths": "battles/length", "wins": "battles/win_rate"}
-    names |= {"dead_allies": "battles/dead_allies"}
-    return training, averages | {names[name]: count / battles for name, count in counts.items()}
+    return training, averages | {f"{name}/training": total / battles for name, total in zip(BATTLE, sums)}
 
 
 def evaluate(
     env: HeuristicEnemySMAX, episodes: int, learner: Learner, key_and_mode: tuple[Array, Array]
 ) -> dict[str, Array]:
-    """Plays `episodes` battles at a time: return (undiscounted), win_rate, episode_length, dead_allies, [episodes].
+    """Plays `episodes` battles at a time; returns the numbers of BATTLE, each [episodes].
 
     The mode: whether the policies are deterministic.
     """
@@ -809,14 +809,14 @@ def evaluate(
         actions = act(learner, env, act_key, obs, deterministic)
         after, *going_on = jax.vmap(partial(step, env))(jax.random.split(step_key, episodes), env_state, actions)
         last = playing * after.ended
-        gains = after.reward, last * after.won, jnp.ones(episodes), last * after.dead_allies
+        gains = after.reward, last * after.won, 1, last * after.dead_allies
         totals = tuple(total + playing * gain for total, gain in zip(totals, gains))
         return (tuple(going_on), playing * (1 - after.ended), totals), None
 
     carry = start, jnp.ones(episodes), (jnp.zeros(episodes),) * 4
     keys = jax.random.split(play_key, env.max_steps + 1)  # the limit comes one step late
     _, _, totals = lax.scan(play_step, carry, keys)[0]
-    return dict(zip(("return", "win_rate", "episode_length", "dead_allies"), totals))
+    return dict(zip(BATTLE, totals))
 
 
 def mesh_of_seeds(num_seeds: int) -> Mesh:
@@ -1037,7 +1037,7 @@ def train(args: Args) -> dict:
                 row |= {"return_mean": float(returns.mean()), "return_std": float(returns.std()), "episodes": episodes}
                 rows.append(row | {k: float(v.mean()) for k, v in zip(list(played)[1:], others)})
             for name, values in played.items():
-                writer.add_scalar(f"evaluation/{name}_{mode}", values.mean(), global_step)
+                writer.add_scalar(f"{name}/{mode}", values.mean(), global_step)
         write_evaluations(run_dir, rows)
         return played  # by the deterministic policies
 
@@ -1054,8 +1054,8 @@ def train(args: Args) -> dict:
         for name, values in metrics.items():
             writer.add_scalar(name, float(np.mean(values)), global_step)
         progress.update(args.log_interval)
-        win_rate = metrics["battles/win_rate"].mean()
-        progress.set_postfix({"return": f"{metrics['returns/training'].mean():.2f}", "wins": f"{win_rate:.2f}"})
+        win_rate, mean_return = (metrics[f"{name}/training"].mean() for name in ("win_rate", "returns"))
+        progress.set_postfix({"return": f"{mean_return:.2f}", "wins": f"{win_rate:.2f}"})
         if due(args.eval_interval) and global_step < args.total_timesteps:
             log_evaluation(args.eval_episodes)
         if due(args.checkpoint_interval) and global_step < args.total_timesteps:
@@ -1072,8 +1072,8 @@ def train(args: Args) -> dict:
     result = {
         "run_dir": str(run_dir),
         "global_step": global_step,
-        "final_return": float(played["return"].mean()),
-        "episodic_returns": played["return"].flatten().tolist(),
+        "final_return": float(played["returns"].mean()),
+        "episodic_returns": played["returns"].flatten().tolist(),
         "win_rates": played["win_rate"].mean(1).tolist(),
         "env_steps_per_second": env_steps_per_second,
     }

@@ -493,7 +493,7 @@ def test_learning_beats_the_random_team(policy):
     args = Args(policy=policy, total_timesteps=16_000, final_eval_episodes=128)
     env = make_env(args)
     learner = jax.vmap(partial(smax.begin, env, args))(jnp.array([1])).learner
-    before = smax.evaluator(env, args)(learner, 128, False, 0)["return"].mean()
+    before = smax.evaluator(env, args)(learner, 128, False, 0)["returns"].mean()
     result = train(args)
     rows = list(csv.DictReader(open(Path(result["run_dir"]) / "evaluations.csv")))
     assert [float(row["return_mean"]) for row in rows if row["mode"] == "stochastic"][-1] > before + 0.15
