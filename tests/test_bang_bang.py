@@ -193,6 +193,25 @@ def test_ratios_beyond_the_clip_do_not_pay(monkeypatch):
     assert 0 < pays.float().mean() < 1
 
 
+def test_values_beyond_the_clip_do_not_pay(monkeypatch):
+    """After a step that raised all values by 0.5, only those learn whose clipped value would have the smaller error."""
+    learner = Learner(Args(update_epochs=2, num_minibatches=1, value_coefficient=1.0), 3, 2)
+    rollout, gradients = real_rollout(learner), []
+
+    def spy(optimizer, loss, norm):
+        gradients.append(torch.autograd.grad(loss, learner.value[-1].bias)[0])
+        learner.value[-1].bias.data += 0.5
+
+    with torch.no_grad():
+        value, next_value = learner.value(rollout.obs)[..., 0], learner.value(rollout.next_obs)[..., 0]
+        target = bang_bang.advantages(rollout, value, next_value, 0.99, 0.95) + value
+    monkeypatch.setattr(bang_bang, "take_step", spy)
+    bang_bang.update(learner, rollout)
+    pays = (value + 0.5 - target).abs() > (value + 0.2 - target).abs()
+    torch.testing.assert_close(gradients[1], ((value + 0.5 - target) * pays).mean()[None], rtol=1e-4, atol=1e-6)
+    assert 0 < pays.float().mean() < 1
+
+
 # ---- environment and normalisation
 
 
@@ -232,18 +251,22 @@ def test_action_cost_is_taken_from_the_reward(form, cost):
 
 
 def test_evaluation_measures_what_was_played():
-    """Ten steps: half of the first dimension's actions at a bound, which changes sides at every other step."""
+    """Ten steps: the first dimension's actions at a bound, changing sides at every other step, the second's inside."""
     args, step = Args(env_id="Lopsided-v0", action_cost=0.1), iter(range(1000))
 
     def act(obs):
         t = next(step)
-        return torch.tensor([[1.0 if t % 4 < 2 else -1.0, 0.2]]).expand(len(obs), 2)
+        return torch.tensor([[1.0 if t % 4 < 2 else -1.0, 0.2 + 0.1 * (t % 2)]]).expand(len(obs), 2)
 
     played = evaluate(act, args, 2, seed=0)
-    assert played["return"] == pytest.approx([10 - 0.1 * 12] * 2) and played["return_without_cost"] == pytest.approx(
+    assert played["return"] == pytest.approx([10 - 0.1 * 12.5] * 2) and played["return_without_cost"] == pytest.approx(
         [10] * 2
     )
     assert played["saturation"] == pytest.approx([0.5] * 2) and played["switching_rate"] == pytest.approx([4 / 18] * 2)
+
+
+def test_saturated_is_who_lies_within_a_twentieth_of_the_range_from_a_bound():
+    assert bang_bang.saturation(torch.tensor([1.0, -1.0, 0.91, -0.91, 0.89, 0.0])) == pytest.approx(4 / 6)
 
 
 def test_normalizer_has_the_statistics_of_what_it_saw():
@@ -308,6 +331,24 @@ def test_run_folder_and_result(options):
     assert last["return_mean"] == pytest.approx(result["final_return"]) and last["episodes"] == 3
     assert last["return_mean"] <= last["return_without_cost"] <= 0 and 0 <= last["switching_rate"] <= 1
     assert last["saturation"] == 1 if options["policy"] == "bernoulli" else 0 <= last["saturation"] <= 1
+
+
+def test_learning_rate_falls_to_zero(monkeypatch):
+    rates, learn = [], bang_bang.update
+    spy = lambda learner, rollout: (rates.append(learner.optimizer.param_groups[0]["lr"]), learn(learner, rollout))[1]  # noqa: E731
+    monkeypatch.setattr(bang_bang, "update", spy)
+    train(Args(**SMALL, learning_rate=0.9))
+    assert rates == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_every_start_after_a_checkpoint_is_another_and_all_is_counted(monkeypatch):
+    """Of 900 steps with a checkpoint every 250, so at 300 and 600; the statistics are those of 900 observations."""
+    episodes, seeds = [], bang_bang.episode_seeds
+    spy = lambda stream, *rest: (episodes.append(rest[1]) if stream == 0 else None, seeds(stream, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(bang_bang, "episode_seeds", spy)
+    statistics = checkpoint_of(train(Args(**SMALL)))["normalizer"]["statistics"]
+    assert episodes == [0, 1, 2]
+    assert statistics[2] == pytest.approx(900, abs=1e-3) and statistics[5] == pytest.approx(900, abs=1e-3)
 
 
 def test_same_seed_same_run_and_other_seed_another():
