@@ -5,6 +5,7 @@
 Takes the runs of that task with seed 1, one per head, and writes benchmark/results/bang_bang/actions_<task>.png.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 import bang_bang  # noqa: E402
 
 
-def actions_played(run_dir: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """The head of a run, and for each way to play all actions of five episodes."""
+def actions_played(run_dir: Path) -> dict[str, np.ndarray]:
+    """For each way to play all actions of five episodes."""
     args, checkpoint = bang_bang.load_checkpoint("--evaluate", run_dir, bang_bang.Args())
     env = bang_bang.make_costly_env(args)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
@@ -36,19 +37,22 @@ def actions_played(run_dir: Path) -> tuple[str, dict[str, np.ndarray]]:
 
         bang_bang.evaluate(recorded, args, 5, seed=0)
         played[mode] = torch.cat(actions).flatten().numpy()
-    return args.policy, played
+    return played
 
 
 def main() -> None:
     runs, task = Path(sys.argv[1]), sys.argv[2]
-    heads = dict(map(actions_played, sorted(runs.glob(f"bang_bang__{task.replace('/', '-')}__1__*"))))
+    heads = {}
+    for run_dir in sorted(runs.glob(f"bang_bang__{task.replace('/', '-')}__1__*")):
+        args = json.loads((run_dir / "args.json").read_text())
+        if args["squash"] == "clip" and not args["entropy_coefficient"]:
+            heads[args["policy"]] = actions_played(run_dir)
     figure = Figure(figsize=(3 * len(heads), 2.8), dpi=80, layout="tight")
     (panels,) = figure.subplots(1, len(heads), squeeze=False, sharey=True)
     for (head, played), axes in zip(sorted(heads.items()), panels):
         for mode, actions in played.items():
-            axes.hist(
-                actions, 41, (-1.025, 1.025), weights=np.full(len(actions), 1 / len(actions)), alpha=0.5, label=mode
-            )
+            shares = np.full(len(actions), 1 / len(actions))
+            axes.hist(actions, 41, range=(-1.025, 1.025), weights=shares, alpha=0.5, label=mode)
         axes.set(title=head, xlabel="action")
     panels[0].set_ylabel("share of actions")
     panels[0].legend()

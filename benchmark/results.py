@@ -131,7 +131,7 @@ def table_rows(task: Path) -> list[str]:
 def main() -> None:
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
-    for benchmark in (name for name in ARMS if (RESULTS / name).exists()):
+    for benchmark in (name for name in ARMS if list((RESULTS / name).glob("*/*.csv"))):
         columns = ["task", "policy", "deterministic return", "stochastic return", "deterministic, each seed"]
         columns += ["saturation" if benchmark == "bang_bang" else "spread", "minutes"]
         print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
