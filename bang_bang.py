@@ -473,6 +473,8 @@ def evaluate(
             for r, c, a in zip(rewards, costs, map(np.array, played)):
                 switching_rate = (a[1:] * a[:-1] < 0).mean() if len(a) > 1 else 0.0
                 results.append((sum(r), sum(r) + sum(c), saturation(torch.from_numpy(a)).item(), switching_rate))
+    for env in envs:
+        env.close()  # else DM Control's renderer fails at the interpreter's exit
     if video:
         import imageio
 
@@ -515,6 +517,7 @@ def check_args(args: Args) -> None:
             env = make_env(args.env_id, "rgb_array")
             env.reset()
             env.render()
+            env.close()
         except Exception as error:
             reason = f"{type(error).__name__}; on a machine without a display, MUJOCO_GL=egl or osmesa may help"
             raise RunError(f"--capture-video: {args.env_id} cannot be drawn here ({reason})") from None

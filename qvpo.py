@@ -501,6 +501,8 @@ def evaluate(
                     if terminated or truncated:
                         playing = [j for j in playing if j != i]
             waves.append(returns)
+    for env in envs:
+        env.close()  # else DM Control's renderer fails at the interpreter's exit
     if video:
         import imageio
 
@@ -534,6 +536,7 @@ def check_args(args: Args) -> None:
             env = make_env(args.env_id, "rgb_array")
             env.reset()
             env.render()
+            env.close()
         except Exception as error:
             reason = f"{type(error).__name__}; on a machine without a display, MUJOCO_GL=egl or osmesa may help"
             raise RunError(f"--capture-video: {args.env_id} cannot be drawn here ({reason})") from None
