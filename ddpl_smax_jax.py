@@ -869,7 +869,10 @@ def write_video(env: HeuristicEnemySMAX, learner: Learner, deterministic: bool, 
         moves.append((step_key, env_state, dict(zip(env.agents, actions.clip(-1, 1) / 2 + 0.5))))
         after, env_state, obs, _ = play(step_key, env_state, actions)
         ended = bool(after.ended)
-    SMAXVisualizer(env, moves).animate(save_fname=str(path), view=False)
+    film = SMAXVisualizer(env, moves)
+    film.expand_state_seq()
+    with jax.disable_jit():  # the renderer would compile a branch for every unit of every frame
+        film.animate(save_fname=str(path), view=False)
 
 
 # ------------------------------------------------------------------------------------------------- files of a run
