@@ -2,7 +2,8 @@
 
     python benchmark/action_histograms.py runs HalfCheetah-v5
 
-Takes the runs of that task with seed 1, one per head, and writes benchmark/results/bang_bang/actions_<task>.png.
+Takes the runs of that task with the default squash and entropy, prints the mean square of each one's deterministic actions
+and draws the heads with seed 1 to benchmark/results/bang_bang/actions_<task>.png.
 """
 
 import json
@@ -43,10 +44,13 @@ def actions_played(run_dir: Path) -> dict[str, np.ndarray]:
 def main() -> None:
     runs, task = Path(sys.argv[1]), sys.argv[2]
     heads = {}
-    for run_dir in sorted(runs.glob(f"bang_bang__{task.replace('/', '-')}__1__*")):
+    for run_dir in sorted(runs.glob(f"bang_bang__{task.replace('/', '-')}__*")):
         args = json.loads((run_dir / "args.json").read_text())
         if args["squash"] == "clip" and not args["entropy_coefficient"]:
-            heads[args["policy"]] = actions_played(run_dir)
+            played = actions_played(run_dir)
+            print(f"{args['policy']:11s} seed {args['seed']}  mean a^2 {np.square(played['deterministic']).mean():.3f}")
+            if args["seed"] == 1:
+                heads[args["policy"]] = played
     figure = Figure(figsize=(3 * len(heads), 2.8), dpi=80, layout="tight")
     (panels,) = figure.subplots(1, len(heads), squeeze=False, sharey=True)
     for (head, played), axes in zip(sorted(heads.items()), panels):
