@@ -22,15 +22,20 @@ RESULTS = Path(__file__).parent / "results"
 ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mpe": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mamujoco": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "smax": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "qvpo": {"qvpo": "tab:blue", "sac": "tab:orange"},
     "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
+
+SCORES = {"smax": "win_rate"}  # what a benchmark is judged by, if not by the return
 
 
 def place(args: dict) -> tuple[str, str, str]:
     """Benchmark, task and arm of a run with these arguments."""
     if args["script"] == "ddpl_mamujoco":
         return "mamujoco", f"{args['scenario']}_{args['agent_conf'].replace('|', '-')}", args["policy"]
+    if args["script"] == "ddpl_smax_jax":
+        return "smax", args["map_name"], args["policy"] + ("-corpses" if args["corpses_are_targets"] else "")
     task = args["env_id"].replace("/", "-")
     if args["script"] == "ddpl_mpe":
         return "mpe", task + (f"_N{args['num_agents'] or 3}" if task == "simple_spread_v3" else ""), args["policy"]
@@ -44,36 +49,44 @@ def place(args: dict) -> tuple[str, str, str]:
 def collect(runs: Path) -> None:
     """Copy evaluations.csv of every finished run to RESULTS/<benchmark>/<task>/<arm>_<seed>.csv.
 
-    Where there is a TensorBoard scalar policy/spread, the mean of its last ten points fills a last column.
+    A run of several seeds becomes several files. Where there is a TensorBoard scalar policy/spread, the mean of its
+    last ten points fills a last column.
     """
     for result in sorted(runs.glob("*/result.json")):
         args = json.loads((result.parent / "args.json").read_text())
-        if args["script"] not in ("ddpl_mpe", "ddpl_mamujoco", "qvpo", "sac", "bang_bang"):
+        if args["script"] not in ("ddpl_mpe", "ddpl_mamujoco", "ddpl_smax_jax", "qvpo", "sac", "bang_bang"):
             continue
         benchmark, task, arm = place(args)
-        target = RESULTS / benchmark / task / f"{arm}_{args['seed']}.csv"
+        folder = RESULTS / benchmark / task
+        folder.mkdir(parents=True, exist_ok=True)
         events = EventAccumulator(str(result.parent))
         events.Reload()
         header, *rows = (result.parent / "evaluations.csv").read_text().splitlines()
         if "policy/spread" in events.Tags()["scalars"]:
             spread = np.mean([point.value for point in events.Scalars("policy/spread")[-10:]])
             header, rows = f"{header},final_spread", [f"{row},{spread:.3f}" for row in rows]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("\n".join([header, *rows]) + "\n")
+        by_seed = {str(args["seed"]): rows}
+        if "seed" in header.split(","):
+            column = header.split(",").index("seed")
+            seeds = dict.fromkeys(row.split(",")[column] for row in rows)
+            by_seed = {seed: [row for row in rows if row.split(",")[column] == seed] for seed in seeds}
+        for seed, rows in by_seed.items():
+            (folder / f"{arm}_{seed}.csv").write_text("\n".join([header, *rows]) + "\n")
 
 
 def load(task: Path, arm: str, mode: str) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Steps [evaluations], returns [seeds, evaluations], and the seeds' mean minutes and final spread (or saturation).
+    """Steps [evaluations], scores [seeds, evaluations], and the seeds' mean minutes and final spread (or saturation).
 
     The latter is NaN where neither was recorded.
     """
     tables = [list(csv.DictReader(open(path))) for path in sorted(task.glob(f"{arm}_*.csv"))]
     curves = [[row for row in table if row["mode"] == mode] for table in tables]
-    returns = np.array([[float(row["return_mean"]) for row in curve] for curve in curves])
+    score = SCORES.get(task.parent.name, "return_mean")
+    scores = np.array([[float(row[score]) for row in curve] for curve in curves])
     minutes = np.mean([float(table[-1]["seconds"]) for table in tables]) / 60
     spreads = [curve[-1].get("final_spread") or curve[-1].get("saturation") or "nan" for curve in curves]
     steps = np.array([int(row["global_step"]) for row in curves[0]])
-    return steps, returns, minutes, np.mean([float(spread) for spread in spreads])
+    return steps, scores, minutes, np.mean([float(spread) for spread in spreads])
 
 
 def bootstrap(values: np.ndarray, repeats: int = 10_000) -> np.ndarray:
@@ -87,14 +100,15 @@ def interval(samples: np.ndarray) -> np.ndarray:
 
 
 def plot(task: Path) -> None:
-    """<task>.png: mean and interval over seeds of the deterministic returns, each seed as a thin line."""
+    """<task>.png: mean and interval over seeds of the deterministic scores, each seed as a thin line."""
     figure, axes = plt.subplots(figsize=(5, 3.2), dpi=100)
     for arm, color in ARMS[task.parent.name].items():
-        steps, returns, *_ = load(task, arm, "deterministic")
-        axes.plot(steps, returns.T, color=color, linewidth=0.5, alpha=0.4)
-        axes.plot(steps, returns.mean(0), color=color, label=f"{arm} ({len(returns)} seeds)")
-        axes.fill_between(steps, *interval(bootstrap(returns)), color=color, alpha=0.2, linewidth=0)
-    axes.set(title=task.name, xlabel="environment steps", ylabel="return")
+        steps, scores, *_ = load(task, arm, "deterministic")
+        axes.plot(steps, scores.T, color=color, linewidth=0.5, alpha=0.4)
+        axes.plot(steps, scores.mean(0), color=color, label=f"{arm} ({len(scores)} seeds)")
+        axes.fill_between(steps, *interval(bootstrap(scores)), color=color, alpha=0.2, linewidth=0)
+    score = SCORES.get(task.parent.name, "return").replace("_", " ")
+    axes.set(title=task.name, xlabel="environment steps", ylabel=score)
     axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(task.with_suffix(".png"))
@@ -102,7 +116,7 @@ def plot(task: Path) -> None:
 
 
 def table_rows(task: Path) -> list[str]:
-    """The README's rows of one task: final returns of every seed, their mean and interval, and the difference.
+    """The README's rows of one task: final scores of every seed, their mean and interval, and the difference.
 
     The difference is that of the first and the last arm of ARMS; arms that ARMS does not name follow behind.
     """
@@ -112,12 +126,13 @@ def table_rows(task: Path) -> list[str]:
     for arm in arms + sorted(others):
         cells, spreads = [], []
         for mode in ("deterministic", "stochastic"):
-            _, returns, minutes, spread = load(task, arm, mode)
-            final[arm, mode] = returns[:, -1]
-            low, high = interval(bootstrap(returns[:, -1]))
-            cells.append(f"{returns[:, -1].mean():.2f} [{low:.2f}, {high:.2f}]")
+            _, scores, minutes, spread = load(task, arm, mode)
+            final[arm, mode] = scores[:, -1]
+            low, high = interval(bootstrap(scores[:, -1]))
+            cells.append(f"{scores[:, -1].mean():.2f} [{low:.2f}, {high:.2f}]")
             spreads.append("" if np.isnan(spread) else f"{spread:.2f}")
-        seeds = " ".join(f"{value:.1f}" for value in final[arm, "deterministic"])
+        digits = 2 if task.parent.name in SCORES else 1
+        seeds = " ".join(f"{value:.{digits}f}" for value in final[arm, "deterministic"])
         spread = ", ".join(dict.fromkeys(spreads))  # a saturation is that of one way to play, a spread of the policy
         rows.append(f"| {task.name} | {arm} | {cells[0]} | {cells[1]} | {seeds} | {spread} | {minutes:.1f} |")
     ours, theirs = final[arms[0], "deterministic"], final[arms[-1], "deterministic"]
@@ -132,7 +147,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
     for benchmark in (name for name in ARMS if list((RESULTS / name).glob("*/*.csv"))):
-        columns = ["task", "policy", "deterministic return", "stochastic return", "deterministic, each seed"]
+        score = SCORES.get(benchmark, "return").replace("_", " ")
+        columns = ["task", "policy", f"deterministic {score}", f"stochastic {score}", "deterministic, each seed"]
         columns += ["saturation" if benchmark == "bang_bang" else "spread", "minutes"]
         print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
         for task in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
