@@ -848,7 +848,8 @@ def evaluator(env: HeuristicEnemySMAX, args: Args) -> Any:
         """What evaluate returns, each [seeds, episodes]."""
         keys = jax.random.split(jax.random.PRNGKey(seed), math.ceil(episodes / args.eval_episodes))
         waves = [jax.device_get(play(learner, (key, jnp.array(deterministic)))) for key in keys]
-        return {name: np.concatenate([wave[name] for wave in waves], 1)[:, :episodes] for name in waves[0]}
+        # In the order of BATTLE: JAX returns a dict in that of its keys.
+        return {name: np.concatenate([wave[name] for wave in waves], 1)[:, :episodes] for name in BATTLE}
 
     return evaluate_seeds
 
