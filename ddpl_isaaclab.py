@@ -163,7 +163,7 @@ def make_env(args: Args) -> Iterator["StackedAgents"]:
     with nullcontext() if is_2 else app.launch_simulation(config, {}):
         env = gym.make(args.task, cfg=config).unwrapped
         try:
-            with torch.device(device):
+            with nullcontext() if device == "cpu" else torch.device(device):  # it makes every call of PyTorch slower
                 yield StackedAgents(env)
         finally:
             env.close()
