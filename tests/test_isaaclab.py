@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from gymnasium.spaces import Box
-from helpers import checkpoint_of, command, equal, error_about, error_of, evaluations, recorded
+from helpers import checkpoint_of, command, equal, error_about, error_of, evaluations, global_step, recorded, wait_for
 
 import ddpl_isaaclab
 from ddpl_isaaclab import Args, Batch, Learner, ReplayBuffer, make_env, train
@@ -338,7 +339,64 @@ def test_pendulum_repeats_itself(pendulum):
     assert torch.equal(*twice)
 
 
-REAL = dict(total_timesteps=64, num_envs=8)  # placeholder
+REAL = dict(total_timesteps=25_600, num_envs=64, learning_starts=1_280, steps_per_update=8, critic_hidden=64)
+REAL |= dict(actor_hidden=64, eval_interval=12_800, checkpoint_interval=12_800, policy="diffusion")
+
+
+def run(folder, **options):
+    """A process with a simulation of its own, in this folder."""
+    environment = os.environ | {"ISAACSIM_ASSET_ROOT": ASSETS, "OMP_NUM_THREADS": "1"}
+    log = open(folder / "log.txt", "a")
+    return subprocess.Popen(command(ddpl_isaaclab, **options), cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run, and a copy of it from half-way."""
+    folder = tmp_path_factory.mktemp("real")
+    process = run(folder, **REAL)
+
+    def half_way():
+        return any(global_step(checkpoint) == 12_800 for checkpoint in folder.glob("runs/*/checkpoint.pt"))
+
+    wait_for(process, half_way)
+    (run_dir,) = folder.glob("runs/*")
+    shutil.copytree(run_dir, folder / "half")
+    assert process.wait() == 0, (folder / "log.txt").read_text()
+    return run_dir, folder / "half"
+
+
+@real
+def test_return_on_the_pendulum_rises(trained):
+    run_dir, _ = trained
+    rows = list(csv.DictReader(open(run_dir / "evaluations.csv")))
+    assert [row["global_step"] for row in rows] == ["12800", "12800", "25600", "25600"]
+    assert all(row["episodes"] == "64" and 0 <= float(row["success_rate"]) <= 1 for row in rows)
+    first, last = (float(rows[i]["return_mean"]) for i in (1, 3))
+    assert last > 1.5 * first and last > 3  # a team that has learned nothing falls at 1
+    assert json.loads((run_dir / "result.json").read_text())["versions"]["isaaclab"].startswith("3.")
+
+
+@real
+def test_pendulum_resumed_half_way_ends_as_without(trained):
+    run_dir, half = trained
+    process = run(half.parent, resume=half)
+    assert process.wait() == 0, (half.parent / "log.txt").read_text()
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (half, run_dir))
+    assert all(equal(ours[key], theirs[key]) for key in ours.keys() - {"progress"})
+    assert evaluations(half) == evaluations(run_dir)
+
+
+@real
+def test_evaluate_plays_the_pendulum(trained):
+    run_dir, _ = trained
+    process = run(run_dir.parent.parent, evaluate=run_dir, num_envs=16)
+    assert process.wait() == 0
+    log = (run_dir.parent.parent / "log.txt").read_text()
+    for mode in ("stochastic", "deterministic"):
+        (line,) = [line for line in log.splitlines() if line.startswith(mode)]
+        assert "over 16 episodes" in line and "success rate" in line
+        assert float(line.split()[2]) > 2
 
 
 # ---- bad input
