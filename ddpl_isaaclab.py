@@ -133,7 +133,7 @@ class Args:
 
 
 SCRIPT = "ddpl_isaaclab"
-EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "return_mean", "return_std", "episodes", "success_rate")
+EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "return_mean", "return_std", "episodes")
 
 
 class RunError(Exception):
@@ -795,7 +795,7 @@ def check_finite(named_values: Iterable[tuple[str, Tensor]], global_step: int) -
 
 def run_arguments(args: Args) -> dict:
     """The arguments that define a run, as opposed to what to do with it."""
-    return {k: v for k, v in asdict(args).items() if k not in ("resume", "evaluate", "track")}
+    return {k: v for k, v in asdict(args).items() if k not in ("resume", "evaluate", "capture_video", "track")}
 
 
 def save_checkpoint(run_dir: Path, contents: dict) -> None:
@@ -925,8 +925,8 @@ def train_in(env: StackedAgents, args: Args, run_dir: Path | None, checkpoint: d
         for mode in ("stochastic", "deterministic"):
             returns, success_rate = evaluate(learner.policy, env, mode == "deterministic", global_step)
             mean, std = float(returns.mean()), float(returns.std())
-            values = (global_step, time_taken, mode, mean, std, len(returns), success_rate)
-            rows.append(dict(zip(EVALUATION_COLUMNS, values)))
+            row = dict(zip(EVALUATION_COLUMNS, (global_step, time_taken, mode, mean, std, len(returns))))
+            rows.append(row | {"success_rate": success_rate})
             if writer:
                 writer.add_scalar(f"returns/{mode}", mean, global_step)
                 writer.add_scalar(f"success_rate/{mode}", success_rate, global_step)
