@@ -58,7 +58,7 @@ class Args:
     """Environments, in every process."""
     device: str = "cpu"
     """Where simulation, replay buffer and learner live: cpu, cuda (under torchrun one for each process) or cuda:1."""
-    total_timesteps: int = 102_400
+    total_timesteps: int = 61_440
     """Environment steps (frames) in all, summed over environments and processes."""
     seed: int = 1
     """Seed of networks, exploration, replay and episodes."""
@@ -70,17 +70,17 @@ class Args:
     """Transitions the replay buffer of every process holds."""
     learning_starts: int = 5_120
     """Environment steps of uniformly random actions before the first update."""
-    steps_per_update: int = 64
+    steps_per_update: int = 8
     """Environment steps for each update of critic and actor."""
     batch_size: int = 256
     """Transitions in a critic update, in every process."""
     actor_batch_size: int = 64
     """Of those, how many states the diffusion policy learns from (each costs M evaluations of two critics)."""
-    gamma: float = 0.99
+    gamma: float = 0.98
     """Discount factor."""
     tau: float = 0.01
     """Step of the target critic towards the critic, each update."""
-    critic_lr: float = 1e-3
+    critic_lr: float = 3e-3
     """Learning rate of the central critics."""
     actor_lr: float = 3e-3
     """Learning rate of the policies and of the diffusion policies' local critics."""
@@ -114,11 +114,11 @@ class Args:
     """R, noisy points that the denoiser learns from per state and agent."""
 
     # Run
-    eval_interval: int = 25_600
+    eval_interval: int = 20_480
     """Environment steps between evaluations: an episode in every environment, twice (sampled, deterministic)."""
-    log_interval: int = 5_120
+    log_interval: int = 2_560
     """Environment steps between TensorBoard points."""
-    checkpoint_interval: int = 51_200
+    checkpoint_interval: int = 20_480
     """Environment steps between checkpoints. These and evaluations end the running episodes, as a time limit does."""
     num_threads: int = 1
     """Threads of PyTorch; networks this small gain little from more."""
