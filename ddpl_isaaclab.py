@@ -58,7 +58,7 @@ class Args:
     """Environments, in every process."""
     device: str = "cpu"
     """Where simulation, replay buffer and learner live: cpu, cuda (under torchrun one for each process) or cuda:1."""
-    total_timesteps: int = 61_440
+    total_timesteps: int = 153_600
     """Environment steps (frames) in all, summed over environments and processes."""
     seed: int = 1
     """Seed of networks, exploration, replay and episodes."""
@@ -70,7 +70,7 @@ class Args:
     """Transitions the replay buffer of every process holds."""
     learning_starts: int = 5_120
     """Environment steps of uniformly random actions before the first update."""
-    steps_per_update: int = 8
+    steps_per_update: int = 32
     """Environment steps for each update of critic and actor."""
     batch_size: int = 256
     """Transitions in a critic update, in every process."""
@@ -114,11 +114,11 @@ class Args:
     """R, noisy points that the denoiser learns from per state and agent."""
 
     # Run
-    eval_interval: int = 20_480
+    eval_interval: int = 76_800
     """Environment steps between evaluations: an episode in every environment, twice (sampled, deterministic)."""
     log_interval: int = 2_560
     """Environment steps between TensorBoard points."""
-    checkpoint_interval: int = 20_480
+    checkpoint_interval: int = 76_800
     """Environment steps between checkpoints. These and evaluations end the running episodes, as a time limit does."""
     num_threads: int = 1
     """Threads of PyTorch; networks this small gain little from more."""
