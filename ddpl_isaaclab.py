@@ -70,13 +70,13 @@ class Args:
     """Transitions the replay buffer of every process holds."""
     learning_starts: int = 5_120
     """Environment steps of uniformly random actions before the first update."""
-    steps_per_update: int = 32
+    steps_per_update: int = 16
     """Environment steps for each update of critic and actor."""
     batch_size: int = 256
     """Transitions in a critic update, in every process."""
     actor_batch_size: int = 64
     """Of those, how many states the diffusion policy learns from (each costs M evaluations of two critics)."""
-    gamma: float = 0.98
+    gamma: float = 0.99
     """Discount factor."""
     tau: float = 0.01
     """Step of the target critic towards the critic, each update."""

@@ -446,6 +446,21 @@ def test_nan_reward_stops_and_keeps_the_checkpoint(fake, monkeypatch):
     assert torch.load(checkpoint, weights_only=True)["progress"][0] == 400
 
 
+def test_nan_weights_are_never_saved(fake, monkeypatch):
+    fake()
+
+    def poisoned(learner, batch):
+        with torch.no_grad():
+            learner.critic.hidden.weight[0, 0, 0] = math.nan
+        return {}
+
+    monkeypatch.setattr(ddpl_isaaclab, "update", poisoned)
+    message = error_of(ddpl_isaaclab, **FAKE | dict(log_interval=10_000, eval_interval=10_000))
+    assert "critic.hidden.weight is NaN or infinite at step 400" in message
+    (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
+    assert torch.load(checkpoint, weights_only=True)["learner"]["critic.hidden.weight"].isfinite().all()
+
+
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 def test_diverging_run_says_where(policy, fake):
     fake()
