@@ -339,8 +339,8 @@ def test_pendulum_repeats_itself(pendulum):
     assert torch.equal(*twice)
 
 
-REAL = dict(total_timesteps=25_600, num_envs=64, learning_starts=1_280, steps_per_update=8, critic_hidden=64)
-REAL |= dict(actor_hidden=64, eval_interval=12_800, checkpoint_interval=12_800, policy="diffusion")
+REAL = dict(total_timesteps=19_200, num_envs=64, learning_starts=1_280, steps_per_update=8, batch_size=128)
+REAL |= dict(critic_hidden=64, actor_hidden=64, eval_interval=9_600, checkpoint_interval=9_600, policy="gaussian")
 
 
 def run(folder, **options):
@@ -357,7 +357,7 @@ def trained(tmp_path_factory):
     process = run(folder, **REAL)
 
     def half_way():
-        return any(global_step(checkpoint) == 12_800 for checkpoint in folder.glob("runs/*/checkpoint.pt"))
+        return any(global_step(checkpoint) == 9_600 for checkpoint in folder.glob("runs/*/checkpoint.pt"))
 
     wait_for(process, half_way)
     (run_dir,) = folder.glob("runs/*")
@@ -370,7 +370,7 @@ def trained(tmp_path_factory):
 def test_return_on_the_pendulum_rises(trained):
     run_dir, _ = trained
     rows = list(csv.DictReader(open(run_dir / "evaluations.csv")))
-    assert [row["global_step"] for row in rows] == ["12800", "12800", "25600", "25600"]
+    assert [row["global_step"] for row in rows] == ["9600", "9600", "19200", "19200"]
     assert all(row["episodes"] == "64" and 0 <= float(row["success_rate"]) <= 1 for row in rows)
     first, last = (float(rows[i]["return_mean"]) for i in (1, 3))
     assert last > 1.5 * first and last > 3  # a team that has learned nothing falls at 1
