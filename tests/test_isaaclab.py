@@ -340,7 +340,7 @@ def test_pendulum_repeats_itself(pendulum):
 
 
 REAL = dict(total_timesteps=19_200, num_envs=64, learning_starts=1_280, steps_per_update=8, batch_size=128)
-REAL |= dict(critic_hidden=64, actor_hidden=64, eval_interval=9_600, checkpoint_interval=9_600, policy="gaussian")
+REAL |= dict(critic_hidden=64, actor_hidden=64, eval_interval=19_200, checkpoint_interval=9_600, policy="gaussian")
 
 
 def run(folder, **options):
@@ -370,10 +370,9 @@ def trained(tmp_path_factory):
 def test_return_on_the_pendulum_rises(trained):
     run_dir, _ = trained
     rows = list(csv.DictReader(open(run_dir / "evaluations.csv")))
-    assert [row["global_step"] for row in rows] == ["9600", "9600", "19200", "19200"]
+    assert [row["mode"] for row in rows] == ["stochastic", "deterministic"]
     assert all(row["episodes"] == "64" and 0 <= float(row["success_rate"]) <= 1 for row in rows)
-    first, last = (float(rows[i]["return_mean"]) for i in (1, 3))
-    assert last > 1.5 * first and last > 3  # a team that has learned nothing falls at 1
+    assert float(rows[-1]["return_mean"]) > 4  # at most 20; a team that has learned nothing falls at 1
     assert json.loads((run_dir / "result.json").read_text())["versions"]["isaaclab"].startswith("3.")
 
 
