@@ -70,13 +70,13 @@ class Args:
     """Transitions the replay buffer of every process holds."""
     learning_starts: int = 5_120
     """Environment steps of uniformly random actions before the first update."""
-    steps_per_update: int = 16
+    steps_per_update: int = 32
     """Environment steps for each update of critic and actor."""
     batch_size: int = 256
     """Transitions in a critic update, in every process."""
     actor_batch_size: int = 64
     """Of those, how many states the diffusion policy learns from (each costs M evaluations of two critics)."""
-    gamma: float = 0.99
+    gamma: float = 0.98
     """Discount factor."""
     tau: float = 0.01
     """Step of the target critic towards the critic, each update."""
@@ -159,14 +159,18 @@ def make_env(args: Args) -> Iterator["StackedAgents"]:
     is_2 = not hasattr(app, "launch_simulation")
     if is_2:  # Isaac Sim has to run before anything else is imported, and its close() ends the process
         atexit.register(app.AppLauncher(headless=True, device=device).app.close)
-    config = make_config(args, device)
+    config, failure = make_config(args, device), None
     with nullcontext() if is_2 else app.launch_simulation(config, {}):
         env = gym.make(args.task, cfg=config).unwrapped
         try:
             with nullcontext() if device == "cpu" else torch.device(device):  # it makes every call of PyTorch slower
                 yield StackedAgents(env)
+        except RunError as error:  # kept from launch_simulation, which would print a traceback
+            failure = error
         finally:
             env.close()
+    if failure:
+        raise failure
 
 
 def make_config(args: Args, device: str) -> Any:

@@ -29,7 +29,7 @@ class FakeMARLEnv(gym.Env):
         self.state_space = Box(-9, 9, (cfg.state_space,)) if cfg.state_space > 0 else None
         self.extras = {agent: {} for agent in self.possible_agents}
         self.closed = False
-        self.seed(cfg.seed)
+        torch.seed()  # nothing may depend on what a simulation draws while it starts
 
     def observation_space(self, agent):
         return Box(-float("inf"), float("inf"), self.sizes[agent][:1])
@@ -97,8 +97,13 @@ def install(version=3, state_space=-1, bounds=(-float("inf"), float("inf"))):
     @contextmanager
     def launch_simulation(cfg, launcher_args):
         events.append("launch")
-        yield
-        events.append("shut down")
+        try:
+            yield
+        except Exception:
+            events.append("print a traceback")
+            raise
+        finally:
+            events.append("shut down")
 
     class AppLauncher:
         """Before Isaac Sim runs, nothing else of Isaac Lab 2.3 can be imported."""
