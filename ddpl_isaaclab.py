@@ -78,7 +78,7 @@ class Args:
     """Of those, how many states the diffusion policy learns from (each costs M evaluations of two critics)."""
     gamma: float = 0.98
     """Discount factor."""
-    tau: float = 0.01
+    tau: float = 0.05
     """Step of the target critic towards the critic, each update."""
     critic_lr: float = 3e-3
     """Learning rate of the central critics."""
