@@ -169,7 +169,7 @@ def success_rows(task: Path) -> list[str]:
             frames = [next((f"{step / 1000:.0f}k" for step, rate in curve if rate >= 0.99), "-") for curve in seeds]
             low, high = interval(bootstrap(final[arm, mode]))
             mean = f"{final[arm, mode].mean():.3f} [{low:.3f}, {high:.3f}]"
-            each = " ".join(f"{rate:.2f}" for rate in final[arm, mode])
+            each = " ".join(f"{rate:.3f}" for rate in final[arm, mode])
             rows.append(f"| {arm}, {mode} | {mean} | {each} | {' '.join(frames)} |")
     for mode in ("deterministic", "stochastic"):
         ours, theirs = (final[arm, mode] for arm in ARMS["isaaclab"])
