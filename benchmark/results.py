@@ -19,10 +19,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
+SCRIPTS = ("ddpl_mpe", "ddpl_mamujoco", "ddpl_smax_jax", "ddpl_isaaclab", "qvpo", "sac", "bang_bang")
 ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mpe": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mamujoco": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "isaaclab": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "qvpo": {"qvpo": "tab:blue", "sac": "tab:orange"},
     "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
@@ -36,6 +38,8 @@ def place(args: dict) -> tuple[str, str, str]:
         return "mamujoco", f"{args['scenario']}_{args['agent_conf'].replace('|', '-')}", args["policy"]
     if args["script"] == "ddpl_smax_jax":
         return "smax", args["map_name"], args["policy"] + ("-corpses" if args["corpses_are_targets"] else "")
+    if args["script"] == "ddpl_isaaclab":
+        return "isaaclab", args["task"], args["policy"]
     task = args["env_id"].replace("/", "-")
     if args["script"] == "ddpl_mpe":
         return "mpe", task + (f"_N{args['num_agents'] or 3}" if task == "simple_spread_v3" else ""), args["policy"]
@@ -54,7 +58,7 @@ def collect(runs: Path) -> None:
     """
     for result in sorted(runs.glob("*/result.json")):
         args = json.loads((result.parent / "args.json").read_text())
-        if args["script"] not in ("ddpl_mpe", "ddpl_mamujoco", "ddpl_smax_jax", "qvpo", "sac", "bang_bang"):
+        if args["script"] not in SCRIPTS:
             continue
         benchmark, task, arm = place(args)
         folder = RESULTS / benchmark / task
@@ -143,10 +147,63 @@ def table_rows(task: Path) -> list[str]:
     return rows
 
 
+MAPPO = {"global_step": 307_000, "seconds": 156}  # skrl's, until success 0.99 on the same asset; one seed, an idle CPU
+
+
+def load_success(task: Path, arm: str, mode: str, column: str) -> list[np.ndarray]:
+    """Every seed's [evaluations, 2] of `column` (global_step or seconds) and success rate."""
+    tables = [csv.DictReader(open(path)) for path in sorted(task.glob(f"{arm}_*.csv"))]
+    rows = [[row for row in table if row["mode"] == mode] for table in tables]
+    return [np.array([[float(row[column]), float(row["success_rate"])] for row in seed]) for seed in rows]
+
+
+def plot_success(task: Path) -> None:
+    """<task>.png: success of the deterministic policies against frames and against seconds, a line per seed."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), dpi=100, sharey=True)
+    for axes, (column, mappo) in zip(panels, MAPPO.items()):
+        for arm, color in ARMS["isaaclab"].items():
+            seeds = load_success(task, arm, "deterministic", column)
+            for curve in seeds:
+                axes.plot(*curve.T, color=color, linewidth=0.7, alpha=0.5)
+            axes.plot(*np.mean(seeds, 0).T, color=color, label=f"{arm}, mean of {len(seeds)} seeds")
+        axes.plot(mappo, 0.99, "*", color="black", label="skrl's MAPPO reaches 0.99")
+        axes.set(xlabel={"global_step": "frames", "seconds": "seconds"}[column], xlim=(0, None), ylim=(0, 1.05))
+    panels[0].set(title=task.name, ylabel="success rate")
+    panels[0].legend(loc="center right")
+    figure.tight_layout()
+    figure.savefig(task.with_suffix(".png"))
+    plt.close(figure)
+
+
+def success_rows(task: Path) -> list[str]:
+    """The README's rows: final success of every seed with mean, interval and difference; frames until 0.99."""
+    rows, final = [], {}
+    for arm in ARMS["isaaclab"]:
+        for mode in ("deterministic", "stochastic"):
+            seeds = load_success(task, arm, mode, "global_step")
+            final[arm, mode] = np.array([curve[-1, 1] for curve in seeds])
+            frames = [next((f"{step / 1000:.0f}k" for step, rate in curve if rate >= 0.99), "-") for curve in seeds]
+            low, high = interval(bootstrap(final[arm, mode]))
+            mean = f"{final[arm, mode].mean():.3f} [{low:.3f}, {high:.3f}]"
+            each = " ".join(f"{rate:.3f}" for rate in final[arm, mode])
+            rows.append(f"| {arm}, {mode} | {mean} | {each} | {' '.join(frames)} |")
+    for mode in ("deterministic", "stochastic"):
+        ours, theirs = (final[arm, mode] for arm in ARMS["isaaclab"])
+        low, high = interval(bootstrap(ours) - np.random.default_rng(1).permutation(bootstrap(theirs)))
+        rows.append(f"| difference, {mode} | {ours.mean() - theirs.mean():+.3f} [{low:+.3f}, {high:+.3f}] | | |")
+    return rows
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         collect(Path(sys.argv[1]))
     for benchmark in (name for name in ARMS if list((RESULTS / name).glob("*/*.csv"))):
+        if benchmark == "isaaclab":
+            print("| policy | final success rate | each seed | frames until 0.99, each seed |\n|---|---|---|---|")
+            for task in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
+                plot_success(task)
+                print("\n".join(success_rows(task)), end="\n\n")
+            continue
         score = SCORES.get(benchmark, "return").replace("_", " ")
         columns = ["task", "policy", f"deterministic {score}", f"stochastic {score}", "deterministic, each seed"]
         columns += ["saturation" if benchmark == "bang_bang" else "spread", "minutes"]

@@ -4,6 +4,7 @@ python benchmark/speed.py           # two minutes
 python benchmark/speed.py --full    # also the default run of ddpl_mpe.py, for its time and memory: some minutes more
 """
 
+import os
 import resource
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import ddpl_isaaclab  # noqa: E402
 import ddpl_mamujoco  # noqa: E402
 import ddpl_mpe  # noqa: E402
 import ddpl_smax_jax  # noqa: E402
@@ -227,11 +229,45 @@ def measure_smax() -> None:
     print(f"  eight seeds side by side / eight runs              {ms['eight'] / 8 / ms['whole']:.2f}  (below 1)")
 
 
+def measure_isaaclab() -> None:
+    """ddpl_isaaclab.py: what acting and learning take of a step of all environments, next to its simulation."""
+    os.environ.setdefault("ISAACSIM_ASSET_ROOT", str(ROOT / "tests/assets"))
+    args = ddpl_isaaclab.Args()
+    try:
+        with ddpl_isaaclab.make_env(args) as env:
+            obs, _ = env.reset(0)
+            actions, mask = torch.rand(args.num_envs, 2, 1), env.action_mask()
+            functions = {"simulation": lambda: env.step(actions)}
+            for policy in ("diffusion", "gaussian"):
+                own = replace(args, policy=policy)
+                learner = ddpl_isaaclab.Learner(own, *env.obs_shape, mask.shape[1], env.state_size, mask)
+                after, rows = env.step(actions), slice(args.batch_size)
+                state = after.state
+                columns = obs, actions, after.reward, after.terminated.float(), after.obs, state, state
+                batch = (column[rows] for column in columns)
+                batch = ddpl_isaaclab.Batch(*(c.transpose(0, 1) if c.ndim > 2 else c for c in batch))
+                functions[f"{policy} acts"] = lambda x=learner: x.policy.sample(obs.transpose(0, 1))
+                functions[f"{policy} learns"] = lambda x=learner, b=batch: ddpl_isaaclab.update(x, b)
+            ms = medians(60, **functions)
+    except ddpl_isaaclab.RunError as error:
+        print(f"ddpl_isaaclab.py: not measured; {error}")
+        return
+    updates = args.num_envs / args.steps_per_update
+    print(
+        f"ddpl_isaaclab.py, {args.num_envs} environments          ms    "
+        + "  ".join(f"{n}: {v:.1f}" for n, v in ms.items())
+    )
+    for policy in ("diffusion", "gaussian"):
+        acts, learns = ms[f"{policy} acts"] / ms["simulation"], updates * ms[f"{policy} learns"] / ms["simulation"]
+        print(f"  {policy}: acting, learning / simulation     {acts:.2f}, {learns:.2f}  ({updates:.0f} updates)")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     measure_mpe()
     measure_mamujoco()
+    measure_isaaclab()
     measure_qvpo()
     measure_smax()
     if "--full" in sys.argv:

@@ -10,11 +10,12 @@ import torch
 
 import bang_bang
 import ddpl_coordination
+import ddpl_isaaclab
 import ddpl_mamujoco
 import ddpl_mpe
 import qvpo
 
-DDPL = (ddpl_mpe, ddpl_coordination, ddpl_mamujoco)
+DDPL = (ddpl_mpe, ddpl_coordination, ddpl_mamujoco, ddpl_isaaclab)
 SCRIPTS = (*DDPL, qvpo, bang_bang)
 
 # Names that two DDPL scripts share but do not mean the same by, and why.
@@ -22,8 +23,9 @@ DIFFERENT = {
     "Args": "every script has its own settings",
     "SCRIPT": "its own name",
     "make_env": "another benchmark",
+    "StackedAgents": "another benchmark",
     "Batch": "multi-agent MuJoCo has a state of its own",
-    "evaluate": "episodes end at different times in multi-agent MuJoCo",
+    "evaluate": "episodes end at different times in multi-agent MuJoCo; Isaac Lab's count successes",
     "play": "another benchmark",
     "Learner": "the coordination game stacks seeds with agents and has no observations",
     "DiffusionPolicy": "no observations in the coordination game",
@@ -34,7 +36,7 @@ DIFFERENT = {
     "update_gaussian": "no observations in the coordination game",
     "check_args": "every script has its own settings",
     "train": "every script has its own loop",
-    "main": "the coordination game has no --evaluate",
+    "main": "the coordination game has no --evaluate; with several processes one prints the result",
 }
 # Names of another algorithm's script that are not DDPL's, and why.
 OTHER_ALGORITHMS = {
