@@ -58,7 +58,7 @@ class Args:
     """Environments, in every process."""
     device: str = "cpu"
     """Where simulation, replay buffer and learner live: cpu, cuda (under torchrun one for each process) or cuda:1."""
-    total_timesteps: int = 153_600
+    total_timesteps: int = 230_400
     """Environment steps (frames) in all, summed over environments and processes."""
     seed: int = 1
     """Seed of networks, exploration, replay and episodes."""

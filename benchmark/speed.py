@@ -153,7 +153,7 @@ def seconds_of(function) -> float:
 
 def measure_smax() -> None:
     """ddpl_smax_jax.py on 3m: the compiled loop, its parts, the same driven from Python, and seeds side by side."""
-    args = ddpl_smax_jax.Args()
+    args = ddpl_smax_jax.Args(log_interval=1_600)  # a short chunk, whose rates are those of a longer one
     env, length = ddpl_smax_jax.make_env(args), args.log_interval // args.num_envs
 
     def begin(num_seeds: int):
@@ -216,7 +216,7 @@ def measure_smax() -> None:
     from_python()
     functions = {"whole": whole, "simulation": simulation, "python": from_python, "eight": eight_seeds}
     functions["acting"] = lambda: acting(training, training.key)
-    ms = medians(5, warm_up=1, **{name: lambda f=f: jax.block_until_ready(f()) for name, f in functions.items()})
+    ms = medians(3, warm_up=1, **{name: lambda f=f: jax.block_until_ready(f()) for name, f in functions.items()})
     rates = {name: args.log_interval / ms[name] * 1e3 for name in ("whole", "simulation", "python")}
     print(f"ddpl_smax_jax.py, 3m, compiled in {compile_seconds:.0f} s     steps/s  {rates['whole']:.0f}")
     print(f"  random actions, nothing learned                    {rates['simulation']:.0f}")
