@@ -1,6 +1,6 @@
 """Speed of the scripts as ratios, each of things measured side by side in this run (absolute times drift).
 
-python benchmark/speed.py           # two minutes
+python benchmark/speed.py           # some ten minutes, most of them compiling ddpl_smax_jax.py
 python benchmark/speed.py --full    # also the default run of ddpl_mpe.py, for its time and memory: some minutes more
 """
 
