@@ -169,7 +169,7 @@ def plot_success(task: Path) -> None:
         axes.plot(mappo, 0.99, "*", color="black", label="skrl's MAPPO reaches 0.99")
         axes.set(xlabel={"global_step": "frames", "seconds": "seconds"}[column], xlim=(0, None), ylim=(0, 1.05))
     panels[0].set(title=task.name, ylabel="success rate")
-    panels[0].legend(loc="center right")
+    panels[0].legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(task.with_suffix(".png"))
     plt.close(figure)
