@@ -29,7 +29,7 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
 
-SCORES = {"smax": "win_rate"}  # what a benchmark is judged by, if not by the return
+SCORES = {"smax": "win_rate", "isaaclab": "success_rate"}  # what a benchmark is judged by, if not by the return
 
 
 def place(args: dict) -> tuple[str, str, str]:
@@ -150,22 +150,16 @@ def table_rows(task: Path) -> list[str]:
 MAPPO = {"global_step": 307_000, "seconds": 156}  # skrl's, until success 0.99 on the same asset; one seed, an idle CPU
 
 
-def load_success(task: Path, arm: str, mode: str, column: str) -> list[np.ndarray]:
-    """Every seed's [evaluations, 2] of `column` (global_step or seconds) and success rate."""
-    tables = [csv.DictReader(open(path)) for path in sorted(task.glob(f"{arm}_*.csv"))]
-    rows = [[row for row in table if row["mode"] == mode] for table in tables]
-    return [np.array([[float(row[column]), float(row["success_rate"])] for row in seed]) for seed in rows]
-
-
 def plot_success(task: Path) -> None:
     """<task>.png: success of the deterministic policies against frames and against seconds, a line per seed."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), dpi=100, sharey=True)
     for axes, (column, mappo) in zip(panels, MAPPO.items()):
         for arm, color in ARMS["isaaclab"].items():
-            seeds = load_success(task, arm, "deterministic", column)
-            for curve in seeds:
-                axes.plot(*curve.T, color=color, linewidth=0.7, alpha=0.5)
-            axes.plot(*np.mean(seeds, 0).T, color=color, label=f"{arm}, mean of {len(seeds)} seeds")
+            _, rates, *_ = load(task, arm, "deterministic")
+            tables = [csv.DictReader(open(path)) for path in sorted(task.glob(f"{arm}_*.csv"))]
+            when = np.array([[float(r[column]) for r in table if r["mode"] == "deterministic"] for table in tables])
+            axes.plot(when.T, rates.T, color=color, linewidth=0.7, alpha=0.5)
+            axes.plot(when.mean(0), rates.mean(0), color=color, label=f"{arm}, mean of {len(rates)} seeds")
         axes.plot(mappo, 0.99, "*", color="black", label="skrl's MAPPO reaches 0.99")
         axes.set(xlabel={"global_step": "frames", "seconds": "seconds"}[column], xlim=(0, None), ylim=(0, 1.05))
     panels[0].set(title=task.name, ylabel="success rate")
@@ -180,9 +174,9 @@ def success_rows(task: Path) -> list[str]:
     rows, final = [], {}
     for arm in ARMS["isaaclab"]:
         for mode in ("deterministic", "stochastic"):
-            seeds = load_success(task, arm, mode, "global_step")
-            final[arm, mode] = np.array([curve[-1, 1] for curve in seeds])
-            frames = [next((f"{step / 1000:.0f}k" for step, rate in curve if rate >= 0.99), "-") for curve in seeds]
+            steps, rates, *_ = load(task, arm, mode)
+            final[arm, mode] = rates[:, -1]
+            frames = [f"{steps[curve >= 0.99][0] / 1000:.0f}k" if (curve >= 0.99).any() else "-" for curve in rates]
             low, high = interval(bootstrap(final[arm, mode]))
             mean = f"{final[arm, mode].mean():.3f} [{low:.3f}, {high:.3f}]"
             each = " ".join(f"{rate:.3f}" for rate in final[arm, mode])

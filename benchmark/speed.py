@@ -1,6 +1,7 @@
 """Speed of the scripts as ratios, each of things measured side by side in this run (absolute times drift).
 
-python benchmark/speed.py           # some ten minutes, most of them compiling ddpl_smax_jax.py
+python benchmark/speed.py           # some five minutes on an idle machine, most of them compiling ddpl_smax_jax.py
+python benchmark/speed.py smax      # one part alone: mpe, mamujoco, isaaclab, qvpo or smax
 python benchmark/speed.py --full    # also the default run of ddpl_mpe.py, for its time and memory: some minutes more
 """
 
@@ -265,11 +266,10 @@ def measure_isaaclab() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    measure_mpe()
-    measure_mamujoco()
-    measure_isaaclab()
-    measure_qvpo()
-    measure_smax()
+    parts = (measure_mpe, measure_mamujoco, measure_isaaclab, measure_qvpo, measure_smax)
+    chosen = [part for part in parts if part.__name__.removeprefix("measure_") in sys.argv]
+    for measure in chosen or parts:
+        measure()
     if "--full" in sys.argv:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
