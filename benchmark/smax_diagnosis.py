@@ -105,7 +105,7 @@ def unreachable(env, obs: Array) -> tuple[Array, Array]:
     aims = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     gaps = jnp.linalg.norm(away[:, None] - aims[:, None], axis=-1)  # [N, angles, E]
     hit = jnp.where(jnp.isfinite(distance)[:, None], gaps, jnp.inf).argmin(-1)
-    reached = (hit[..., None] == jnp.arange(env.num_enemies)).any(1)
+    reached = (hit[..., None] == jnp.arange(env.num_enemies)).any(1) | (distance <= 1)  # or aimed at directly
     targets = in_range & (in_range.sum(-1, keepdims=True) > 1) & (obs[:, -len(env.own_features)] > 0)[:, None]
     return targets, targets & ~reached
 
