@@ -45,7 +45,7 @@ def towards(away: Array, target: Array, walk: Array) -> Array:
     """Actions [N, D] in [-1, 1] that walk to, or else shoot towards, each agent's target among places [N, E, 2]."""
     x, y = jnp.take_along_axis(away, target[:, None, None], axis=1)[:, 0].T
     angle = jnp.arctan2(y, x) % (2 * jnp.pi) / (2 * jnp.pi)
-    return 2 * jnp.stack([jnp.ones_like(x), 1.0 * walk, jnp.ones_like(x), angle], axis=-1) - 1
+    return 2 * jnp.stack([jnp.ones_like(x), walk * jnp.ones_like(x), jnp.ones_like(x), angle], axis=-1) - 1
 
 
 def nearest(env, obs: Array) -> Array:
