@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import command, error_of, evaluations, wait_for
+from jaxmarl.viz.visualizer import SMAXVisualizer
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ddpl_mamujoco
 import ddpl_smax_jax as smax
+from benchmark import smax_diagnosis, smax_ippo
 from ddpl_smax_jax import Args, make_env, train
 
-SMALL = dict(total_timesteps=384, num_envs=8, learning_starts=128, log_interval=32, checkpoint_interval=128)
+SMALL = dict(total_timesteps=384, num_envs=8, learning_starts=64, log_interval=32, checkpoint_interval=128)
 SMALL |= dict(eval_interval=128, eval_episodes=2, final_eval_episodes=3, critic_hidden=16, actor_hidden=8)
 SMALL |= dict(local_critic_hidden=8, batch_size=16, actor_batch_size=8, denoising_steps=3, buffer_size=200)
 N, O, S, B = 3, 5, 7, 6  # noqa: E741, agents, sizes of observation and state, batch
@@ -281,20 +284,6 @@ def test_the_living_are_those_with_health():
 # ---- battles
 
 
-def nearest_enemy(env, obs):
-    """A scripted policy [N, O] -> [N, D]: walk to the nearest enemy in sight and shoot it, else walk to their side."""
-    features, allies = len(env.unit_features), env.num_agents
-    enemies = obs[:, (allies - 1) * features : -len(env.own_features)].reshape(allies, env.num_enemies, features)
-    seen = enemies[..., 0] > 0
-    away = enemies[..., 1:3] * env.unit_type_sight_ranges[0]
-    distance = jnp.where(seen, jnp.linalg.norm(away, axis=-1), jnp.inf)
-    nearest = jnp.take_along_axis(away, distance.argmin(-1)[:, None, None], axis=1)[:, 0]
-    angle = jnp.arctan2(nearest[:, 1], nearest[:, 0]) % (2 * jnp.pi) / (2 * jnp.pi) * seen.any(-1)
-    in_range = distance.min(-1) < env.unit_type_attack_ranges[0]
-    unit = jnp.stack([jnp.ones(allies), 1.0 - in_range, jnp.ones(allies), angle], axis=-1)
-    return 2 * unit - 1
-
-
 @pytest.mark.parametrize("corpses_are_targets", [False, True])
 def test_corpses_are_no_targets(corpses_are_targets):
     """The scripted team wins half of its battles, and none if it may not take its eyes off the dead."""
@@ -305,7 +294,7 @@ def test_corpses_are_no_targets(corpses_are_targets):
 
         def play(carry, key):
             env_state, obs, playing, won = carry
-            after, env_state, obs, _ = smax.step(env, key, env_state, nearest_enemy(env, obs))
+            after, env_state, obs, _ = smax.step(env, key, env_state, smax_diagnosis.nearest(env, obs))
             return (env_state, obs, playing & ~after.ended, won | (playing & after.won)), None
 
         env_state, obs, _ = smax.reset(env, reset_key)
@@ -337,6 +326,72 @@ def test_last_observation_and_time_limit():
     )
     assert after.ended and after.terminated and after.won and after.dead_allies == 0 and after.reward > 1
     assert going_on.state.unit_alive.all()
+
+
+def random_battle(env, seed):
+    """The state of a battle in which everybody stands close together, the first enemy is dead, and observations."""
+    env_state, *_ = smax.reset(env, jax.random.PRNGKey(0))
+    state = env_state.state
+    places = 14 + 5 * jax.random.uniform(jax.random.PRNGKey(seed), state.unit_positions.shape)
+    alive = state.unit_alive.at[env.num_agents].set(False)
+    health = state.unit_health.at[env.num_agents].set(0)
+    env_state = env_state.replace(state=state.replace(unit_positions=places, unit_alive=alive, unit_health=health))
+    observations = env.get_obs(env_state) | {"world_state": env.get_world_state(env_state)}
+    return env_state, smax.arrays(env, observations)[0]
+
+
+def targets_of_all_aims(env, env_state):
+    """[N, E]: whom the package's own decoder, tried with 50 times 360 aims, can let each agent shoot at."""
+    distance, angle = (x.flatten() for x in jnp.meshgrid(jnp.linspace(0, 1, 50), jnp.linspace(0, 1, 360)))
+    aims = jnp.stack([jnp.ones_like(angle), jnp.zeros_like(angle), distance, angle], axis=-1)
+    everybody = jnp.tile(aims[:, None], (1, len(env_state.state.unit_positions), 1))
+    decode = partial(env._env._decode_continuous_actions, jax.random.PRNGKey(0), env_state.state)
+    shots = jax.vmap(decode)(everybody)[1][:, : env.num_agents] - env.num_movement_actions
+    return (shots[..., None] == jnp.arange(env.num_enemies)).any(0)
+
+
+def test_targets_beyond_aim_are_those_that_no_action_hits():
+    env, found, expected = make_env(Args(map_name="2s3z")), [], []
+    for seed in range(10):
+        env_state, obs = random_battle(env, seed)
+        targets, missed = smax_diagnosis.unreachable(env, obs)
+        found.append(missed)
+        expected.append(targets & ~targets_of_all_aims(env, env_state))
+    found, expected = jnp.stack(found), jnp.stack(expected)
+    assert (found == expected).mean() > 0.98 and 0.1 < expected.mean() < 0.9  # slivers between two aims may differ
+    assert not found[:, :, 0].any()  # the dead
+
+
+def test_discrete_choices_are_translated():
+    """Walking exactly, shots wherever an aim can hit, and again at the last target wherever it is."""
+    env, hits = make_env(Args(map_name="2s3z")), []
+    units, first = env.num_agents + env.num_enemies, env.num_movement_actions
+    for seed in range(10):
+        env_state, _ = random_battle(env, seed)
+
+        def decoded(choice, env_state=env_state):
+            choices = jnp.full(env.num_agents, choice)
+            actions = jnp.ones((units, 4)).at[: env.num_agents].set(smax_ippo.translated(env, env_state, choices))
+            assert 0 <= actions.min() and actions.max() <= 1
+            return (
+                x[: env.num_agents]
+                for x in env._env._decode_continuous_actions(jax.random.PRNGKey(0), env_state.state, actions)
+            )
+
+        for choice in range(first):
+            walk, shot = decoded(choice)
+            expected = env._decode_discrete_actions(jnp.full(env.num_agents, choice))[0]
+            np.testing.assert_allclose(walk, expected, atol=1e-5)
+            assert (shot < first).all()
+        possible = targets_of_all_aims(env, env_state)
+        for enemy in range(1, env.num_enemies):  # the first is dead
+            walk, shot = decoded(first + enemy)
+            assert (walk == 0).all()
+            hits.append((shot == first + enemy)[possible[:, enemy]])
+            before = jnp.full(units, first + enemy)
+            again = env_state.replace(state=env_state.state.replace(prev_attack_actions=before))
+            assert (list(decoded(first + enemy, again))[1] == first + enemy).all()
+    assert jnp.concatenate(hits).mean() > 0.98  # slivers between two aims
 
 
 def test_state_is_normalised():
@@ -379,9 +434,44 @@ def test_train_returns_and_files(two_seeds):
     modes = ("stochastic", "deterministic")
     expected = [(step, mode, seed) for step in (128, 256, 384) for mode in modes for seed in (1, 2)]
     assert [(int(r["global_step"]), r["mode"], int(r["seed"])) for r in rows] == expected
-    assert all(0 <= float(r["win_rate"]) <= 1 and float(r["episode_length"]) <= 101 for r in rows)
+    assert all(0 <= float(r["win_rate"]) <= 1 for r in rows)
+    assert all(float(r["episode_length"]) < 101 for r in rows)  # the untrained lose before the time limit
+    assert rows[-4]["return_mean"] != rows[-2]["return_mean"]  # the same seed, stochastic and deterministic
     returns = [float(r["return_mean"]) for r in rows[-2:]]  # the deterministic ones, seed by seed
     assert returns == pytest.approx(np.reshape(two_seeds["episodic_returns"], (2, 3)).mean(1))
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    assert [point.step for point in events.Scalars("losses/critic")] == list(range(96, 385, 32))
+
+
+def test_a_step_stores_what_happened():
+    """At the time limit too, where the stored next observations are the last ones of the old battles."""
+    args = Args(**SMALL)
+    env = make_env(args)
+    training = smax.begin(env, args, 1)
+    state = training.env_state.state.replace(step=jnp.array([0, 100] * 4))
+    training = training._replace(env_state=training.env_state.replace(state=state), returns=jnp.ones(8))
+    training = training._replace(lengths=jnp.full(8, 5.0))
+    new, metrics = jax.jit(partial(smax.play_and_learn, env, args, True))(training, 3)
+    _, act_key, step_key, _ = jax.random.split(training.key, 4)
+    actions = smax.act(training.learner, env, act_key, training.obs)
+    after = jax.vmap(partial(smax.step, env))(jax.random.split(step_key, 8), training.env_state, actions)[0]
+    assert after.ended.tolist() == [False, True] * 4
+    batch = smax.Batch(training.obs, actions, after.reward, jnp.zeros(8), after.obs, training.state, after.state)
+    np.testing.assert_allclose(new.buffer[24:32], smax.flat(batch), atol=1e-5)
+    assert not new.buffer[:24].any() and not new.buffer[32:].any()
+    np.testing.assert_allclose(new.returns, jnp.where(after.ended, 0, 1 + after.reward), atol=1e-5)
+    assert new.lengths.tolist() == [6, 0] * 4
+    assert metrics["battles"] == 4 and metrics["episode_length"] == 4 * 6
+
+
+def test_evaluation_plays_to_the_time_limit():
+    args = Args(**SMALL)
+    env = make_env(args)
+    env._env.max_steps = 4  # hence the fifth
+    learner = smax.begin(env, args, 1).learner
+    played = smax.evaluate(env, 2, learner, (jax.random.PRNGKey(0), jnp.array(False)))
+    assert played["episode_length"].tolist() == [5, 5]
 
 
 def after_four_updates(*seeds):
@@ -406,6 +496,7 @@ def side_by_side():
 
 def test_seeds_side_by_side_equal_single_runs(side_by_side):
     assert_same_run(after_four_updates(2), {name: values[1:] for name, values in side_by_side.items()})
+    assert side_by_side[".buffer"][:, :32].any(-1).all() and not side_by_side[".buffer"][:, 32:].any()
     learned = side_by_side[".learner.policy.velocity.weight"]
     assert (learned[0] != learned[1]).any() and (learned != 0).any()
 
@@ -424,7 +515,7 @@ def test_a_killed_run_resumes_bit_for_bit(two_seeds):
     process = subprocess.Popen(command(smax, **SMALL, num_seeds=2), stderr=subprocess.DEVNULL)
     wait_for(process, lambda: Path("runs").exists() and list(Path("runs").iterdir()))
     (run_dir,) = Path("runs").iterdir()
-    wait_for(process, lambda: progress(run_dir) >= 128)
+    wait_for(process, lambda: progress(run_dir) >= 256)  # has learned
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run_dir / "result.json").exists()
@@ -444,14 +535,24 @@ def progress(run_dir):
 
 def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
     """With the last evaluation's random numbers it plays the last evaluation's battles."""
-    films, film = [], smax.write_video
+    films, drawn = [], []
+    film, checkpoint = smax.write_video, load_file(Path(two_seeds["run_dir"]) / "checkpoint.safetensors")
 
-    def film_last(env, *others):
-        films.append(others[-1].name)
+    class Spy(SMAXVisualizer):
+        def expand_state_seq(self):
+            drawn.extend(action for *_, actions in self.state_seq for action in actions.values())
+            super().expand_state_seq()
+
+    def film_last(env, learner, deterministic, key, path):
+        films.append(path.name)
+        assert path.name.startswith("deterministic" if deterministic else "stochastic")
+        seed = int(path.stem.endswith("1"))
+        np.testing.assert_array_equal(learner.log_temperature, checkpoint[".learner.log_temperature"][seed])
         if films[-1] == "deterministic1.gif":
             env._env.max_steps = 1  # drawing is slow
-            film(env, *others)
+            film(env, learner, deterministic, key, path)
 
+    monkeypatch.setattr("jaxmarl.viz.visualizer.SMAXVisualizer", Spy)
     monkeypatch.setattr(smax, "write_video", film_last)
     smax.main(Args(evaluate=two_seeds["run_dir"], capture_video=True, seed=two_seeds["global_step"]))
     lines = [line for line in capsys.readouterr().out.splitlines() if "win rate" in line]
@@ -465,6 +566,7 @@ def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
         assert f"length {float(row['episode_length']):.0f}  dead {float(row['dead_allies']):.1f}" in line
     assert films == ["stochastic.gif", "stochastic1.gif", "deterministic.gif", "deterministic1.gif"]
     assert (Path(two_seeds["run_dir"]) / films[-1]).stat().st_size > 10_000
+    assert drawn and all(0 <= action.min() and action.max() <= 1 for action in drawn)  # as the package takes them
 
 
 def test_invalid_arguments_are_named_in_one_sentence():
