@@ -502,7 +502,9 @@ def test_seeds_side_by_side_equal_single_runs(side_by_side):
 
 
 def test_two_devices_share_the_seeds(side_by_side):
-    program = "import numpy, test_smax as t; numpy.savez('two', n=t.smax.mesh_of_seeds(2).size, **t.after_four_updates(1, 2))"
+    program = (
+        "import numpy, test_smax as t; numpy.savez('two', n=t.smax.mesh_of_seeds(2).size, **t.after_four_updates(1, 2))"
+    )
     folders = [str(Path(__file__).parent), str(Path(smax.__file__).parent)]
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(folders)}
     subprocess.run([sys.executable, "-c", program], env=os.environ | flags, check=True, capture_output=True)
