@@ -40,7 +40,7 @@ def evaluations(run_dir):
 
 
 def global_step(checkpoint):
-    return torch.load(checkpoint, weights_only=True)["progress"][0]
+    return torch.load(checkpoint, weights_only=True)["progress"]["global_step"]
 
 
 def kill_and_resume(script, kill_at, **options):
@@ -72,10 +72,10 @@ def wait_for(process, condition):
         time.sleep(0.02)
 
 
-def error_of(script, **options):
-    """The one line that ends a script with this input."""
+def error_of(script, given=(), **options):
+    """The one line that ends a script with this input; `given` names options passed though they equal their defaults."""
     with pytest.raises(SystemExit) as stopped:
-        script.main(script.Args(**options))
+        script.main(script.Args(**options), given)
     message, name = str(stopped.value.code), Path(script.__file__).name
     assert message.startswith(f"{name}: error: ") and "\n" not in message
     return message

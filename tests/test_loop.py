@@ -14,7 +14,9 @@ import ddpl_mpe
 from ddpl_mpe import Args, Batch, ReplayBuffer, VectorMPE, episode_seeds, evaluate, train
 
 SMALL = dict(total_timesteps=700, learning_starts=200, eval_interval=300, eval_episodes=2, final_eval_episodes=3)
-SMALL |= dict(log_interval=100, checkpoint_interval=200, critic_hidden=32, actor_hidden=16, batch_size=32)
+SMALL |= dict(
+    log_interval=100, checkpoint_interval=200, critic_hidden=32, actor_hidden=16, batch_size=32, actor_batch_size=32
+)
 TASKS = {  # task: observation sizes, action sizes
     "simple_spread_v3": ([18, 18, 18], [2, 2, 2]),
     "simple_reference_v3": ([21, 21], [12, 12]),

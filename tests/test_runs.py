@@ -14,7 +14,9 @@ import ddpl_mpe
 from ddpl_mpe import Args, VectorMPE, train
 
 SMALL = dict(total_timesteps=2_000, learning_starts=200, eval_interval=500, eval_episodes=2, final_eval_episodes=3)
-SMALL |= dict(log_interval=100, checkpoint_interval=400, critic_hidden=32, actor_hidden=16, batch_size=32)
+SMALL |= dict(
+    log_interval=100, checkpoint_interval=400, critic_hidden=32, actor_hidden=16, batch_size=32, actor_batch_size=32
+)
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +182,8 @@ def test_nan_weights_are_never_saved(monkeypatch):
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 @pytest.mark.parametrize("option", ["critic_lr", "actor_lr", "temperature_lr"])
 def test_diverging_run_says_where(policy, option):
-    message = error_of(
-        ddpl_mpe, **SMALL | {option: 1e30, "policy": policy, "log_interval": 10_000, "eval_interval": 10_000}
-    )
+    options = {option: 1e30, "policy": policy, "log_interval": 10_000, "eval_interval": 10_000}
+    message = error_of(ddpl_mpe, **SMALL | options)
     assert "the action is NaN or infinite at step" in message
 
 

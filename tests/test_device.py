@@ -1,0 +1,161 @@
+"""Updates on any device, and compiled: a tensor left behind raises on PyTorch's meta device, even without a GPU."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import checkpoint_of, equal
+
+import ddpl_isaaclab
+import ddpl_mamujoco
+import ddpl_mpe
+
+ddpl_scripts = pytest.mark.parametrize(
+    "script", [ddpl_mpe, ddpl_mamujoco, ddpl_isaaclab], ids=lambda script: script.__name__
+)
+policies = pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+MASK = torch.tensor([[1.0, 1], [1, 1], [1, 0]])
+NUM_AGENTS, OBS_SIZE, STATE_SIZE, BATCH_SIZE = 3, 5, 15, 16
+
+
+def make_learner(script, policy, device="cpu"):
+    options = dict(policy=policy, actor_hidden=16, critic_hidden=16, actor_batch_size=8, denoising_steps=2)
+    torch.manual_seed(0)
+    return script.Learner(script.Args(**options), NUM_AGENTS, OBS_SIZE, 2, STATE_SIZE, MASK.to(device))
+
+
+def make_buffer(script, device="cpu"):
+    """A replay buffer of twenty random transitions."""
+    shapes = dict(obs=(NUM_AGENTS, OBS_SIZE), actions=MASK.shape, reward=(), terminated=())
+    shapes |= dict(next_obs=(NUM_AGENTS, OBS_SIZE), state=(STATE_SIZE,), next_state=(STATE_SIZE,))
+    shapes = script.Batch(**{name: shapes[name] for name in script.Batch._fields})
+    buffer = script.ReplayBuffer(20, shapes, torch.device(device))
+    torch.manual_seed(1)
+    buffer.add(*(torch.rand(20, *shape).to(device) for shape in shapes))
+    return buffer
+
+
+def tensors_of(learner):
+    """All that a learner holds: networks, buffers and optimisers."""
+    states = [state for optimizer in learner.optimizers() for state in optimizer.state.values()]
+    return [*learner.parameters(), *learner.buffers(), *(tensor for state in states for tensor in state.values())]
+
+
+# ---- devices
+
+
+@ddpl_scripts
+@policies
+def test_an_update_leaves_no_tensor_behind(script, policy, monkeypatch):
+    stepped = []
+
+    def check_adam(parameters, gradients, *states, **_):  # Adam itself has no kernel for the meta device
+        tensors = [*parameters, *gradients, *(tensor for group in states for tensor in group)]
+        assert all(tensor.is_meta for tensor in tensors)
+        stepped.append(parameters)
+
+    monkeypatch.setattr(script, "adam", check_adam)
+    learner = make_learner(script, policy, "meta")
+    batch = make_buffer(script, "meta").sample(BATCH_SIZE)
+    assert all(column.is_meta for column in batch)
+    metrics = script.update(learner, batch)
+    assert all(tensor.is_meta for tensor in (*metrics.values(), *tensors_of(learner)))
+    assert len(stepped) == len(learner.optimizers())
+    assert learner.policy.sample(batch.obs, deterministic=True).is_meta
+
+
+@ddpl_scripts
+def test_the_same_seed_starts_with_the_same_networks_on_every_device(script, monkeypatch):
+    """They are drawn on the CPU and then moved."""
+    drawn = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: (drawn.append(self.state_dict()), self)[1])
+    make_learner(script, "diffusion", "meta")
+    monkeypatch.undo()
+    assert equal(dict(drawn[0]), dict(make_learner(script, "diffusion").state_dict()))
+
+
+def test_one_transfer_brings_all_arrays():
+    arrays = [torch.rand(4, 3, 2).numpy(), torch.rand(4).numpy(), torch.tensor([True, False, True, True]).numpy()]
+    for array, tensor in zip(arrays, ddpl_mpe.to_device(arrays, torch.device("cpu")), strict=True):
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, torch.from_numpy(array).float())
+    assert all(tensor.is_meta for tensor in ddpl_mpe.to_device(arrays, torch.device("meta")))
+
+
+def test_another_devices_checkpoint_goes_on_with_new_random_numbers():
+    torch.manual_seed(0)
+    ours = ddpl_mpe.random_state(torch.device("cpu"))
+    torch.rand(3)
+    ddpl_mpe.set_random_state(ours, torch.device("cpu"), 7)
+    assert torch.equal(torch.get_rng_state(), ours["rng"])
+    ddpl_mpe.set_random_state({"device": "cuda", "rng": torch.zeros(16, dtype=torch.uint8)}, torch.device("cpu"), 7)
+    assert torch.initial_seed() == 7
+
+
+# ---- compiled
+
+
+def smooth(learner):
+    """Second moments of one: otherwise Adam's first step is the sign of a gradient, even of one that is rounding."""
+    for optimizer in learner.optimizers():
+        for state in optimizer.state.values():
+            state["exp_avg_sq"].fill_(1)
+            state["step"].fill_(1000)
+    return learner
+
+
+@policies
+def test_a_compiled_update_equals_the_eager_one(policy):
+    batch = make_buffer(ddpl_mpe).sample(BATCH_SIZE)
+    results = []
+    for compiling in (False, True):
+        learner = smooth(make_learner(ddpl_mpe, policy))
+        update = ddpl_mpe.compiled(ddpl_mpe.update, learner) if compiling else ddpl_mpe.update
+        torch.manual_seed(2)
+        metrics = [update(learner, batch) for _ in range(3)]
+        results.append([*tensors_of(learner), *(value for row in metrics for value in row.values())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+
+
+SMALL = dict(total_timesteps=600, learning_starts=200, eval_interval=300, eval_episodes=1, final_eval_episodes=1)
+SMALL |= dict(checkpoint_interval=200, critic_hidden=16, actor_hidden=16, batch_size=32, actor_batch_size=16)
+
+
+class StopAtTheSecondEpisode(list):
+    """A signal that arrives while the third checkpoint is due."""
+
+    asked = 0
+
+    def __bool__(self):
+        self.asked += 1
+        return self.asked > 4
+
+
+def test_a_compiled_run_resumes_bit_for_bit():
+    options = SMALL | dict(compile=True, denoising_steps=2)
+    whole = checkpoint_of(ddpl_mpe.train(ddpl_mpe.Args(**options)))
+    with pytest.raises(ddpl_mpe.Stopped) as stopped:
+        ddpl_mpe.train(ddpl_mpe.Args(**options), signals=StopAtTheSecondEpisode([signal.SIGINT]))
+    run_dir = str(stopped.value).split("--resume ")[1]
+    resumed = checkpoint_of(ddpl_mpe.train(ddpl_mpe.Args(resume=run_dir)))
+    assert 200 < int(str(stopped.value).split("step ")[1].split(";")[0]) < 600
+    assert all(equal(whole[name], resumed[name]) for name in ("learner", "optimizers", "buffer"))
+
+
+# ---- a GPU, where there is one
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@policies
+@pytest.mark.parametrize("compiling", [False, True])
+def test_cuda_trains_and_its_checkpoint_goes_on_anywhere(policy, compiling):
+    options = SMALL | dict(policy=policy, device="cuda", compile=compiling)
+    result = ddpl_mpe.train(ddpl_mpe.Args(**options))
+    assert checkpoint_of(result)["device"] == "cuda"
+    contents = torch.load(Path(result["run_dir"]) / "checkpoint.pt", weights_only=True)
+    contents["progress"]["global_step"] = 400
+    torch.save(contents, Path(result["run_dir"]) / "checkpoint.pt")
+    for device in ("cuda", "cpu"):
+        again = ddpl_mpe.train(ddpl_mpe.Args(resume=result["run_dir"], device=device))
+        assert again["global_step"] == 600
