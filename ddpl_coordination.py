@@ -9,7 +9,7 @@ what stands here is a reconstruction.
 N agents act once, each with a number in [-1, 1]. Alone, -0.7 and +0.7 pay the same; the team earns a bonus only when
 all stand at +0.7. An agent that drops either peak before the team has met there may have dropped the wrong one.
 
-1. Agents act with diffusion policies pi_i(a_i); joint actions and rewards go to a replay buffer.
+1. Agents act with diffusion policies pi_i(a_i); joint actions and rewards are stored.
 2. A critic learns Q(a_1..a_N), and each agent's local critic what it means for its own action: E[Q(a_i, a_-i)].
 3. Candidates for a_i, from a mixture of known density q, are weighed by w = exp(Q_i(a_i) / temperature_i) / q(a_i).
 4. The denoiser learns E[a_i | x_t] under those weights (importance sampling score matching, ISSM).
@@ -18,37 +18,46 @@ all stand at +0.7. An agent that drops either peak before the team has met there
 Compared with three others on the same critic: a Gaussian learned by the reparameterised KL, as in soft actor-critic;
 the Gaussian with the mean and deviation of the energy-based policy, which needs no learning; and uniform actions.
 All seeds train side by side, in one stack of weights. A run is short, so there are no checkpoints to resume.
+
+To fork it for another game of one step, rewrite own_payoff, team_reward and success. Where agents observe something or
+act more than once, start from ddpl_mpe.py: what has the same name there means the same.
 """
 
 import csv
 import json
 import math
+import os
+import signal
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from datetime import datetime
-from itertools import product, repeat
-from multiprocessing import get_context
+from inspect import formatannotation
+from itertools import product
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from typing import Literal
+from threading import Thread
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
-from scipy.optimize import brentq, minimize
-from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Adam
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
+SCRIPT = Path(__file__).stem
 Policy = Literal["diffusion", "gaussian", "moments", "uniform"]
 
 
 @dataclass
-class Args:
-    """Run every policy on the coordination game, over all numbers of agents and seeds; write a figure and a CSV."""
+class Game:
+    """What is played, and how often."""
 
-    # Game
     game: Literal["joint", "match"] = "joint"
     """joint: a bonus when all agents stand at +0.7; match: a smooth one when all are on the same side."""
     num_agents: tuple[int, ...] = (1, 2, 3, 4)
@@ -57,22 +66,20 @@ class Args:
     """How close to +0.7 all agents must stand for the bonus."""
     bonus: float = 1.0
     """The team's bonus; an agent's own payoff is at most 1."""
-
-    # Run
-    policies: tuple[Policy, ...] = ("diffusion", "gaussian", "moments", "uniform")
-    """Which policies to compare."""
     total_timesteps: int = 8_000
     """Joint actions in each run."""
     num_seeds: int = 20
     """Independent runs of each policy, trained side by side."""
     seed: int = 1
     """Seed of all runs."""
-    num_processes: int = 2
-    """Processes that share the work, one thread each."""
-    full: bool = False
-    """Also draw the figures that explain the result (one more minute)."""
 
-    # Algorithm
+
+@dataclass
+class Algorithm:
+    """Policies, critics and ISSM."""
+
+    policies: tuple[Policy, ...] = ("diffusion", "gaussian", "moments", "uniform")
+    """Which policies to compare."""
     num_envs: int = 12
     """Joint actions played between updates."""
     learning_starts: int = 240
@@ -107,14 +114,155 @@ class Args:
     """R, noisy points that the denoiser learns from around each sample."""
 
 
-SCRIPT = "ddpl_coordination"
+@dataclass
+class Run:
+    """The machine."""
+
+    num_processes: int = 2
+    """Processes that share the work, one thread each (on a GPU: one process)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner lives; auto is CUDA if there is one."""
+
+
+@dataclass
+class Args(Run, Algorithm, Game):
+    """Run every policy on the coordination game, over all numbers of agents and seeds; write a figure and a CSV."""
+
+
 PEAK = 0.7  # of an agent's own payoff, and at -0.7
 WIDTH = 0.2
-GRID = torch.linspace(-1, 1, 201)[1::2]  # midpoints of 100 cells of the box, for quadrature
+GRID = torch.linspace(-1, 1, 201)[1::2]  # [G], midpoints of 100 cells of the box, for quadrature
+OUTCOMES = ("first_success", "final_success", "final_return", "nash_gap")
+COLORS = {"diffusion": "tab:blue", "gaussian": "tab:orange", "moments": "tab:green", "uniform": "tab:gray"}
 
 
 class RunError(Exception):
     """A wrong argument or a failed run, told to the user in one sentence."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that SIGINT or SIGTERM has ended in order."""
+
+
+# --------------------------------------------------------------------------------- diffusion and ISSM: pure functions
+
+
+def noise_schedule(num_steps: int, log_snr_max: float = 7.0, log_snr_min: float = -5.0) -> Tensor:
+    """alphas_bar [T + 1], the share of signal variance left after t steps; alphas_bar[0] is 1.
+
+    alphas_bar[t] = sigmoid(log_snr[t]), and log_snr is linear in t.
+    """
+    log_snr = torch.linspace(log_snr_max, log_snr_min, num_steps)
+    return torch.cat([torch.ones(1), log_snr.sigmoid()])
+
+
+def denoise_step(x_t: Tensor, v: Tensor, t: int, alphas_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [..., D] and standard deviation [] of x_{t-1} given x_t and the predicted v (DDPM, eq. 6-7).
+
+    v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 implies an x_0, which is clipped to [-1, 1].
+    At t = 1 the mean is x_0 and the deviation 0.
+    """
+    alpha_bar = alphas_bar[t]
+    alpha_bar_before = alphas_bar[t - 1]
+    alpha = alpha_bar / alpha_bar_before
+    x_0 = (alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v).clamp(-1, 1)
+    of_x_0 = alpha_bar_before.sqrt() * (1 - alpha) * x_0
+    of_x_t = alpha.sqrt() * (1 - alpha_bar_before) * x_t
+    variance = (1 - alpha) * (1 - alpha_bar_before) / (1 - alpha_bar)
+    return (of_x_0 + of_x_t) / (1 - alpha_bar), variance.sqrt()
+
+
+def propose_actions(
+    anchor: Tensor, sigmas: Tensor, num_uniform: int, num_per_kernel: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Candidates [N, M, B, D] in [-1, 1] and their log-density [N, M, B] under the mixture that proposed them.
+
+    The mixture: `num_uniform` uniform on the box, and for each of the J widths in `sigmas` [J] `num_per_kernel` from a
+    Gaussian around anchor [N, B, D], reflected at the faces of the box. M = num_uniform + J * num_per_kernel. Every
+    candidate is scored under the whole mixture (the balance heuristic, Veach and Guibas 1995):
+
+        q(a) = num_uniform / M * U(a) + sum_j num_per_kernel / M * K_j(a)
+
+    mask [N, D] marks real dimensions; the others stay 0 and add nothing to the density.
+    """
+    num_agents, batch_size, action_size = anchor.shape
+    num_widths, device = len(sigmas), anchor.device
+    num_candidates = num_uniform + num_widths * num_per_kernel
+    mask = torch.ones(num_agents, 1, 1, action_size, device=device) if mask is None else mask[:, None, None]
+    width = sigmas.view(-1, 1, 1, 1, 1)
+    centre = anchor[:, None]  # [N, 1, B, D]
+
+    uniform = 2 * torch.rand(num_agents, num_uniform, batch_size, action_size, device=device) - 1
+    noise = torch.randn(num_widths, num_agents, num_per_kernel, batch_size, action_size, device=device)
+    kernel = centre + width * noise  # [J, N, num_per_kernel, B, D]
+    kernel = kernel - 2 * (kernel - 1).clamp(min=0) - 2 * (kernel + 1).clamp(max=0)  # beyond a face: mirrored back
+    kernel = kernel.clamp(-1, 1).transpose(0, 1).flatten(1, 2)  # beyond both faces: as good as never
+    candidates = torch.cat([uniform, kernel], dim=1) * mask
+
+    # A reflected kernel's density sums its images in the two faces.
+    images = torch.stack([centre, 2 - centre, -2 - centre])[:, None]  # [3, 1, N, 1, B, D]
+    log_images = -0.5 * ((candidates - images) / width) ** 2 - (width * math.sqrt(2 * math.pi)).log()
+    log_kernels = (log_images.logsumexp(0) * mask).sum(-1)  # [J, N, M, B]
+    log_uniform = (-math.log(2) * mask.sum(-1)).expand(1, *log_kernels.shape[1:])
+    shares = torch.full((1 + num_widths, 1, 1, 1), num_per_kernel / num_candidates, device=device)
+    shares[0] = num_uniform / num_candidates
+    return candidates, (torch.cat([log_uniform, log_kernels]) + shares.log()).logsumexp(0)
+
+
+def issm_weights(energy: Tensor, log_proposal: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Self-normalised importance weights [N, M, B] of candidates for the energy-based policy, and its entropy [N, B].
+
+        pi(a) = exp(energy(a) / temperature) / Z        w(a) = exp(energy(a) / temperature) / q(a)
+        Z = mean over candidates of w                   entropy = log Z - E_pi[energy / temperature], in nats
+
+    energy [N, M, B] and log_proposal [N, M, B], the log-density q, are those of the candidates; temperature is [N].
+    """
+    highest = energy.amax(1, keepdim=True)
+    log_density = (energy - highest) / temperature[:, None, None]  # so that differences survive a low temperature
+    log_weights = log_density - log_proposal
+    weights = log_weights.softmax(1)
+    log_normalizer = log_weights.logsumexp(1) - math.log(energy.shape[1])
+    return weights, log_normalizer - (weights * log_density).sum(1)
+
+
+def issm_target(x_t: Tensor, alpha_bar: Tensor, candidates: Tensor, weights: Tensor) -> Tensor:
+    """The exact denoiser E[a | x_t] [N, R, B, D] of the weighted candidates [N, M, B, D], weights [N, M, B].
+
+        x_t = sqrt(alpha_bar) a + sqrt(1 - alpha_bar) noise
+        E[a | x_t] = sum_m p_m a_m,   p_m proportional to w_m exp(-|x_t - sqrt(alpha_bar) a_m|^2 / (2 (1 - alpha_bar)))
+
+    x_t is [N, R, B, D], alpha_bar [N, R, B]. Every candidate counts, by its weight times its likelihood of x_t, so that
+    the choice of the one behind x_t adds no variance.
+    """
+    x_t = x_t.transpose(1, 2)  # [N, B, R, D]
+    candidates = candidates.transpose(1, 2)  # [N, B, M, D]
+    alpha_bar = alpha_bar.transpose(1, 2)[..., None]  # [N, B, R, 1]
+    log_weights = weights.transpose(1, 2).log()[:, :, None]  # [N, B, 1, M]
+    # -|x_t - sqrt(alpha_bar) a|^2 / 2 without the term in x_t alone, which the softmax over candidates cancels
+    fit = alpha_bar.sqrt() * (x_t @ candidates.mT) - 0.5 * alpha_bar * candidates.square().sum(-1)[:, :, None]
+    posterior = (log_weights + fit / (1 - alpha_bar)).softmax(-1)  # [N, B, R, M]
+    return (posterior @ candidates).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------- quadrature over one action
+
+
+def boltzmann(energy: Tensor, temperature: Tensor | float) -> Tensor:
+    """Density [..., G] on GRID of the policy proportional to exp(energy / temperature), energy [..., G]."""
+    return (energy / temperature).softmax(-1) * len(GRID) / 2
+
+
+def moments(density: Tensor, grid: Tensor = GRID) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [...] of a density [..., G] on GRID, which `grid` is on the density's device."""
+    mass = density * 2 / len(grid)
+    mean = (mass * grid).sum(-1)
+    variance = (mass * (grid - mean[..., None]) ** 2).sum(-1)
+    return mean, variance.sqrt()
+
+
+def entropy_of(density: Tensor) -> Tensor:
+    """Entropy [...] in nats of a density [..., G] on GRID."""
+    return torch.special.entr(density).sum(-1) * 2 / len(GRID)
 
 
 # ----------------------------------------------------------------------------------------------------------- game
@@ -140,21 +288,24 @@ def team_reward(actions: Tensor, args: Args) -> Tensor:
 
 def success(actions: Tensor, args: Args) -> Tensor:
     """Whether joint actions [..., N] stand within the tolerance of a best one: all +0.7 (match: or all -0.7)."""
-    plus = ((actions - PEAK).abs() < args.tolerance).all(-1)
-    return plus | ((actions + PEAK).abs() < args.tolerance).all(-1) if args.game == "match" else plus
+    at_plus = ((actions - PEAK).abs() < args.tolerance).all(-1)
+    at_minus = ((actions + PEAK).abs() < args.tolerance).all(-1)
+    return at_plus | at_minus if args.game == "match" else at_plus
 
 
 def nash_gap(actions: Tensor, args: Args) -> Tensor:
     """What one agent could gain at most by its best response [S], from samples [S, K, N] of the joint policies.
 
-    Responses are tried on a grid of 100 points; the samples of the others stand for their policies.
+    Responses are tried on GRID; the samples of the others stand for their policies.
     """
-    current, gaps = team_reward(actions, args).mean(1), []
+    current = team_reward(actions, args).mean(1)
+    gains = []
     for agent in range(actions.shape[-1]):
-        deviations = actions[:, None].repeat(1, len(GRID), 1, 1)  # [S, grid, K, N]
+        deviations = actions[:, None].repeat(1, len(GRID), 1, 1)  # [S, G, K, N]
         deviations[..., agent] = GRID[:, None]
-        gaps.append(team_reward(deviations, args).mean(2).amax(1) - current)
-    return torch.stack(gaps).amax(0)
+        best_response = team_reward(deviations, args).mean(2).amax(1)
+        gains.append(best_response - current)
+    return torch.stack(gains).amax(0)
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -178,18 +329,18 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
-class MLP(nn.Module):
+class Critic(nn.Module):
     """`stack` critics: [S, B, in] -> [S, B]. The joint actions' Q of every seed, and every agent's local Q_i(a_i)."""
 
     def __init__(self, stack: int, in_features: int, hidden: int):
         super().__init__()
-        self.layers = nn.ModuleList(StackedLinear(stack, *sizes) for sizes in ((in_features, hidden), (hidden, hidden)))
+        self.actions = StackedLinear(stack, in_features, hidden)
+        self.hidden = StackedLinear(stack, hidden, hidden)
         self.value = StackedLinear(stack, hidden, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x).relu_()
-        return self.value(x).squeeze(-1)
+    def forward(self, actions: Tensor) -> Tensor:
+        hidden = self.actions(actions).relu_()
+        return self.value(self.hidden(hidden).relu_()).squeeze(-1)
 
 
 class DiffusionPolicy(nn.Module):
@@ -197,23 +348,25 @@ class DiffusionPolicy(nn.Module):
 
     def __init__(self, stack: int, hidden: int, num_steps: int):
         super().__init__()
-        self.step = nn.Parameter(0.3 * torch.randn(stack, num_steps + 1, hidden))
+        self.time = nn.Parameter(0.3 * torch.randn(stack, num_steps + 1, hidden))
         self.noisy_action = stacked_weight(stack, 1, hidden)
         self.hidden = StackedLinear(stack, hidden, hidden)
         self.velocity = StackedLinear(stack, hidden, 1)
         nn.init.zeros_(self.velocity.weight)
-        self.alphas_bar = noise_schedule(num_steps)
+        self.register_buffer("alphas_bar", noise_schedule(num_steps), persistent=False)
 
-    def forward(self, step: Tensor, x_t: Tensor) -> Tensor:
-        """v [S, B, 1] of noisy actions [S, B, 1]; step [S, B or 1, H] is the embedding of t."""
-        return self.velocity(F.silu(self.hidden(F.silu(torch.baddbmm(step, x_t, self.noisy_action)))))
+    def forward(self, time: Tensor, x_t: Tensor) -> Tensor:
+        """v [S, B, 1] of noisy actions [S, B, 1]; time [S, B or 1, H] is the embedding of t."""
+        hidden = F.silu(torch.baddbmm(time, x_t, self.noisy_action))
+        return self.velocity(F.silu(self.hidden(hidden)))
 
     @torch.no_grad()
     def sample(self, batch_size: int) -> Tensor:
         """Actions [S, B, 1] in [-1, 1], by ancestral sampling."""
-        x_t = torch.randn(len(self.step), batch_size, 1)
+        x_t = torch.randn(len(self.time), batch_size, 1, device=self.time.device)
         for t in range(len(self.alphas_bar) - 1, 0, -1):
-            mean, std = denoise_step(x_t, self(self.step[:, t, None], x_t), t, self.alphas_bar)
+            v = self(self.time[:, t, None], x_t)
+            mean, std = denoise_step(x_t, v, t, self.alphas_bar)
             x_t = mean + std * torch.randn_like(mean)
         return x_t
 
@@ -228,7 +381,7 @@ class GaussianPolicy(nn.Module):
 
     def rsample(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Reparameterised actions [S, B, 1] and their log-density [S, B]."""
-        noise = torch.randn(len(self.mean), batch_size, 1)
+        noise = torch.randn(len(self.mean), batch_size, 1, device=self.mean.device)
         u = self.mean + self.log_std.exp() * noise
         log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), without cancellation
         log_prob = -0.5 * noise**2 - self.log_std - 0.5 * math.log(2 * math.pi) - log_det
@@ -237,7 +390,8 @@ class GaussianPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, batch_size: int) -> Tensor:
         """Actions [S, B, 1] in [-1, 1]."""
-        return self.rsample(batch_size)[0]
+        actions, _ = self.rsample(batch_size)
+        return actions
 
 
 class MomentsPolicy(nn.Module):
@@ -250,149 +404,75 @@ class MomentsPolicy(nn.Module):
 
     def sample(self, batch_size: int) -> Tensor:
         """Actions [S, B, 1] in [-1, 1]."""
-        return (self.mean + self.std * torch.randn(len(self.mean), batch_size, 1)).clamp(-1, 1)
+        noise = torch.randn(len(self.mean), batch_size, 1, device=self.mean.device)
+        return (self.mean + self.std * noise).clamp(-1, 1)
 
 
-# --------------------------------------------------------------------------------- diffusion and ISSM: pure functions
+# ------------------------------------------------------------------------------------------- learner and its updates
 
 
-def noise_schedule(num_steps: int, log_snr_max: float = 7.0, log_snr_min: float = -5.0) -> Tensor:
-    """alphas_bar [T+1], the share of signal variance left after t steps: sigmoid of a log-SNR linear in t; [0] is 1."""
-    return torch.cat([torch.ones(1), torch.linspace(log_snr_max, log_snr_min, num_steps).sigmoid()])
+class Learner(nn.Module):
+    """What training changes. The stack of policies holds the N agents of seed 1, then those of seed 2, and so on.
 
-
-def denoise_step(x_t: Tensor, v: Tensor, t: int, alphas_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [..., D] and standard deviation [] of x_{t-1} given x_t and the predicted v (DDPM, eq. 6-7).
-
-    The implied x_0 is clipped to [-1, 1]. At t = 1 the mean is x_0 and the deviation 0.
+    The networks are drawn on the CPU first, so a seed starts with the same ones on every device.
     """
-    signal, previous = alphas_bar[t], alphas_bar[t - 1]
-    alpha = signal / previous
-    x_0 = (signal.sqrt() * x_t - (1 - signal).sqrt() * v).clamp(-1, 1)
-    mean = (previous.sqrt() * (1 - alpha) * x_0 + alpha.sqrt() * (1 - previous) * x_t) / (1 - signal)
-    return mean, ((1 - alpha) * (1 - previous) / (1 - signal)).sqrt()
 
-
-def propose_actions(
-    anchor: Tensor, drift: Tensor, sigmas: Tensor, num_uniform: int, num_per_kernel: int, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Candidates [N, M, B, D] in [-1, 1] and their log-density [N, M, B] under the mixture that proposed them.
-
-    The mixture: `num_uniform` uniform on the box, and for each of the J widths in `sigmas` [J] `num_per_kernel` from a
-    Gaussian around anchor [N, B, D] + drift [J, N, B, D], reflected at the faces of the box. Every candidate is scored
-    under the whole mixture (the balance heuristic, Veach and Guibas 1995). M = num_uniform + J * num_per_kernel.
-    mask [N, D] marks real dimensions; the others stay 0 and add nothing to the density.
-    """
-    num_agents, batch_size, size = anchor.shape
-    device = anchor.device
-    mask = torch.ones(num_agents, 1, 1, size, device=device) if mask is None else mask[:, None, None]
-    width = sigmas.view(-1, 1, 1, 1, 1)
-    centre = (anchor + drift).clamp(-1, 1)[:, :, None]  # [J, N, 1, B, D]
-
-    uniform = 2 * torch.rand(num_agents, num_uniform, batch_size, size, device=device) - 1
-    noise = torch.randn(len(sigmas), num_agents, num_per_kernel, batch_size, size, device=device)
-    kernel = centre + width * noise
-    kernel = kernel - 2 * (kernel - 1).clamp(min=0) - 2 * (kernel + 1).clamp(max=0)  # beyond a face: mirrored back
-    kernel = kernel.clamp(-1, 1).transpose(0, 1).flatten(1, 2)  # beyond both faces: as good as never
-    candidates = torch.cat([uniform, kernel], dim=1) * mask
-
-    # A reflected kernel's density sums its images in the two faces.
-    images = torch.stack([centre, 2 - centre, -2 - centre])
-    log_images = -0.5 * ((candidates - images) / width) ** 2 - (width * math.sqrt(2 * math.pi)).log()
-    log_kernels = (log_images.logsumexp(0) * mask).sum(-1)  # [J, N, M, B]
-    log_uniform = (-math.log(2) * mask.sum(-1)).expand(1, *log_kernels.shape[1:])
-    counts = torch.tensor([num_uniform] + [num_per_kernel] * len(sigmas), device=device)
-    log_shares = (counts / counts.sum()).log().view(-1, 1, 1, 1)
-    return candidates, (torch.cat([log_uniform, log_kernels]) + log_shares).logsumexp(0)
-
-
-def issm_weights(q: Tensor, log_q: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Self-normalised importance weights [N, M, B] of candidates for the energy-based policy exp(q / temperature) / Z.
-
-    q [N, M, B] is the energy and log_q [N, M, B] the candidates' log-density, temperature is [N].
-    Also returns the estimates [N, B] of log Z and of the policy's entropy, log Z - E[q / temperature], in nats.
-    """
-    energy = (q - q.amax(1, keepdim=True)) / temperature[:, None, None]  # differences survive a low temperature
-    log_weights = energy - log_q
-    weights = log_weights.softmax(1)
-    log_z = log_weights.logsumexp(1) - math.log(q.shape[1])
-    entropy = log_z - (weights * energy).sum(1)
-    return weights, log_z + q.amax(1) / temperature[:, None], entropy
-
-
-def issm_target(x_t: Tensor, alpha_bar: Tensor, candidates: Tensor, weights: Tensor) -> Tensor:
-    """The exact denoiser E[a | x_t] [N, R, B, D] of the weighted candidates [N, M, B, D], weights [N, M, B].
-
-    x_t [N, R, B, D] is sqrt(alpha_bar) a + sqrt(1 - alpha_bar) noise, alpha_bar [N, R, B]. Every candidate counts, by
-    its weight times its likelihood of x_t, so that the choice of the one behind x_t adds no variance.
-    """
-    x_t, candidates = x_t.transpose(1, 2), candidates.transpose(1, 2)  # [N, B, R, D], [N, B, M, D]
-    signal = alpha_bar.transpose(1, 2)[..., None]  # [N, B, R, 1]
-    # -|x_t - sqrt(signal) a|^2 / 2 without the term in x_t alone, which the softmax over candidates cancels
-    fit = signal.sqrt() * (x_t @ candidates.mT) - 0.5 * signal * candidates.square().sum(-1)[:, :, None]
-    posterior = (weights.transpose(1, 2).log()[:, :, None] + fit / (1 - signal)).softmax(-1)  # [N, B, R, M]
-    return (posterior @ candidates).transpose(1, 2)
-
-
-# ------------------------------------------------------------------------------------- quadrature over one action
-
-
-def boltzmann(energy: Tensor, temperature: Tensor | float) -> Tensor:
-    """Density [..., G] on GRID of the policy proportional to exp(energy / temperature), energy [..., G]."""
-    return (energy / temperature).softmax(-1) * len(GRID) / 2
-
-
-def moments(density: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [...] of a density [..., G] on GRID."""
-    mass = density * 2 / len(GRID)
-    mean = (mass * GRID).sum(-1)
-    return mean, (mass * (GRID - mean[..., None]) ** 2).sum(-1).sqrt()
-
-
-def entropy_of(density: Tensor) -> Tensor:
-    """Entropy [...] in nats of a density [..., G] on GRID."""
-    return torch.special.entr(density).sum(-1) * 2 / len(GRID)
-
-
-# -------------------------------------------------------------------------------------------------------- learner
-
-
-class Learner:
-    """What training changes. The stack of policies holds the N agents of seed 1, then those of seed 2, and so on."""
-
-    def __init__(self, args: Args, policy: Policy, num_agents: int):
-        self.args, self.num_agents, self.num_seeds = args, num_agents, args.num_seeds
+    def __init__(self, args: Args, policy: Policy, num_agents: int, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.args = args
+        self.num_agents = num_agents
         stack = args.num_seeds * num_agents
-        self.critic = MLP(args.num_seeds, num_agents, args.hidden)
-        self.local_critic = MLP(stack, 1, args.hidden)
-        self.log_temperature = nn.Parameter(torch.full((stack,), math.log(args.init_temperature)))
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True)
-        self.local_critic_optimizer = torch.optim.Adam(self.local_critic.parameters(), args.critic_lr, fused=True)
-        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], args.temperature_lr, fused=True)
+        self.critic = Critic(args.num_seeds, num_agents, args.hidden)
+        self.local_critic = Critic(stack, 1, args.hidden)
         if policy == "diffusion":
             self.policy = DiffusionPolicy(stack, args.hidden, args.denoising_steps)
         else:
             self.policy = GaussianPolicy(stack) if policy == "gaussian" else MomentsPolicy(stack)
+        self.log_temperature = nn.Parameter(torch.full((stack,), math.log(args.init_temperature)))
+        self.register_buffer("sigmas", torch.tensor(args.sigmas), persistent=False)
+        self.register_buffer("grid", GRID, persistent=False)
+        self.to(device)
+
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, fused=True)
+        self.local_critic_optimizer = Adam(self.local_critic.parameters(), args.critic_lr, fused=True)
+        self.temperature_optimizer = Adam([self.log_temperature], args.temperature_lr, fused=True)
         if policy in ("diffusion", "gaussian"):
             learning_rate = args.actor_lr if policy == "diffusion" else args.gaussian_lr
-            self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), learning_rate, fused=True)
+            self.policy_optimizer = Adam(self.policy.parameters(), learning_rate, fused=True)
 
     def joint(self, actions: Tensor) -> Tensor:
         """Actions [S N, B, 1] of the stack as joint actions [S, B, N]."""
-        return actions.view(self.num_seeds, self.num_agents, -1).transpose(1, 2)
+        return actions.view(self.args.num_seeds, self.num_agents, -1).transpose(1, 2)
 
+    @torch.no_grad()
     def score(self, actions: Tensor, candidates: Tensor) -> Tensor:
         """Q [S N, M, B] where an agent plays each of its candidates [S N, M, B, 1], the others actions [S N, B, 1]."""
-        own = torch.eye(self.num_agents)[:, None, None]
-        joint = self.joint(actions)[:, None, None] * (1 - own)  # [S, N, 1, B, N]
-        joint = joint + candidates.view(self.num_seeds, self.num_agents, *candidates.shape[1:]) * own
-        with torch.no_grad():
-            return self.critic(joint.flatten(1, 3)).view(candidates.shape[:3])
+        own = torch.eye(self.num_agents, device=actions.device)[:, None, None]  # [N, 1, 1, N]
+        others = self.joint(actions)[:, None, None] * (1 - own)  # [S, N, 1, B, N]
+        candidates_of_seed = candidates.view(self.args.num_seeds, self.num_agents, *candidates.shape[1:])
+        joint = others + candidates_of_seed * own  # [S, N, M, B, N]
+        return self.critic(joint.flatten(1, 3)).view(candidates.shape[:3])
+
+
+def update(learner: Learner, actions: Tensor, reward: Tensor, drawn: Tensor) -> None:
+    """One update of critics, policies and temperatures.
+
+    The critic learns from stored joint actions [S, B, N] and their reward [S, B], the policies at actions that they
+    have just `drawn` [S N, B, 1].
+    """
+    update_critic(learner, actions, reward)
+    if isinstance(learner.policy, DiffusionPolicy):
+        update_diffusion(learner, drawn)
+    elif isinstance(learner.policy, GaussianPolicy):
+        update_gaussian(learner)
+    else:
+        update_moments(learner, drawn)
 
 
 def update_critic(learner: Learner, actions: Tensor, reward: Tensor) -> None:
-    """Fit Q to the rewards [S, B] of joint actions [S, B, N]: there is no next state."""
-    take_step(learner.critic_optimizer, (learner.critic(actions) - reward).square().mean(1).sum())
+    """Fit Q to the reward [S, B] of joint actions [S, B, N]: there is no next state."""
+    error = learner.critic(actions) - reward
+    take_step(learner.critic_optimizer, error.square().mean(1).sum())
 
 
 def update_local_critic(learner: Learner, actions: Tensor, candidates: Tensor) -> Tensor:
@@ -402,44 +482,48 @@ def update_local_critic(learner: Learner, actions: Tensor, candidates: Tensor) -
     [S N, M, B] there, from before the step.
     """
     local_q = learner.local_critic(candidates.flatten(1, 2)).view(candidates.shape[:3])
-    take_step(learner.local_critic_optimizer, (local_q - learner.score(actions, candidates)).var(1).mean(1).sum())
+    error = local_q - learner.score(actions, candidates)
+    take_step(learner.local_critic_optimizer, error.var(1).mean(1).sum())
     return local_q.detach()
 
 
 def update_diffusion(learner: Learner, actions: Tensor) -> None:
     """One ISSM step of every agent's denoiser, at actions [S N, B, 1] that the policies have just drawn."""
-    candidates, log_q = propose(learner.args, actions)
-    q = update_local_critic(learner, actions, candidates)
-    weights, _, entropy = issm_weights(q, log_q, learner.log_temperature.detach().exp())
-    update_temperature(learner, entropy.mean(1) - learner.args.target_entropy)
-    match(learner, candidates, weights)
+    args = learner.args
+
+    # 1. Propose.
+    candidates, log_proposal = propose_actions(actions, learner.sigmas, args.num_uniform, args.num_per_kernel)
+
+    # 2. Weigh.
+    energy = update_local_critic(learner, actions, candidates)
+    weights, entropy = issm_weights(energy, log_proposal, learner.log_temperature.detach().exp())
+    update_temperature(learner, entropy.mean(1) - args.target_entropy)
+
+    # 3. Match.
+    match_denoisers(learner, candidates, weights)
 
 
-def propose(args: Args, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates [S, M, B, 1] around actions [S, B, 1], and their log-density, without a Langevin step."""
-    sigmas = torch.tensor(args.sigmas)
-    no_drift = torch.zeros(len(sigmas), 1, 1, 1)
-    return propose_actions(actions, no_drift, sigmas, args.num_uniform, args.num_per_kernel)
-
-
-def match(learner: Learner, candidates: Tensor, weights: Tensor) -> None:
+def match_denoisers(learner: Learner, candidates: Tensor, weights: Tensor) -> None:
     """Teach the denoisers the exact denoiser of the weighted candidates, at noisy points around resampled ones."""
     args, policy = learner.args, learner.policy
+    stack, _, batch_size = weights.shape
     chances = weights.transpose(1, 2).flatten(0, 1).nan_to_num(1)  # multinomial raises at NaN; the loss shows it
-    draws = chances.multinomial(args.num_noise_draws, replacement=True)
-    draws = draws.view(len(weights), -1, args.num_noise_draws).transpose(1, 2)  # [S N, R, B]
-    x_0 = candidates.gather(1, draws[..., None])
-    t = torch.randint(1, args.denoising_steps + 1, draws.shape)
-    alpha_bar = policy.alphas_bar[t]
-    signal, noise = alpha_bar.sqrt()[..., None], (1 - alpha_bar).sqrt()[..., None]
-    x_t = signal * x_0 + noise * torch.randn_like(x_0)
-    velocity = (signal * x_t - issm_target(x_t, alpha_bar, candidates, weights)) / noise
-    step = F.one_hot(t, args.denoising_steps + 1).float().flatten(1, 2)
-    error = policy(step @ policy.step, x_t.flatten(1, 2)) - velocity.flatten(1, 2)
+    chosen = chances.multinomial(args.num_noise_draws, replacement=True)
+    chosen = chosen.view(stack, batch_size, -1).transpose(1, 2)  # [S N, R, B]
+    x_0 = candidates.gather(1, chosen[..., None])
+    t = torch.randint(1, args.denoising_steps + 1, chosen.shape, device=chosen.device)
+    alpha_bar = policy.alphas_bar[t]  # [S N, R, B]
+    signal_scale = alpha_bar.sqrt()[..., None]
+    noise_scale = (1 - alpha_bar).sqrt()[..., None]
+    x_t = signal_scale * x_0 + noise_scale * torch.randn_like(x_0)
+    denoised = issm_target(x_t, alpha_bar, candidates, weights)
+    velocity = (signal_scale * x_t - denoised) / noise_scale
+    one_hot_t = F.one_hot(t, args.denoising_steps + 1).float().flatten(1, 2)  # [S N, R * B, T + 1]
+    error = policy(one_hot_t @ policy.time, x_t.flatten(1, 2)) - velocity.flatten(1, 2)
     take_step(learner.policy_optimizer, error.square().mean((1, 2)).sum())
 
 
-def update_gaussian(learner: Learner, _: Tensor) -> None:
+def update_gaussian(learner: Learner) -> None:
     """One step of every Gaussian down its KL to the energy-based policy, at reparameterised actions of its own."""
     temperature = learner.log_temperature.detach().exp()
     actions, log_prob = learner.policy.rsample(learner.args.batch_size)
@@ -450,13 +534,14 @@ def update_gaussian(learner: Learner, _: Tensor) -> None:
 
 def update_moments(learner: Learner, actions: Tensor) -> None:
     """Give every Gaussian the mean and deviation of its energy-based policy, by quadrature of the local critic."""
-    candidates = 2 * torch.rand(len(actions), 8, *actions.shape[1:]) - 1
+    candidates = 2 * torch.rand(len(actions), 8, *actions.shape[1:], device=actions.device) - 1
     update_local_critic(learner, actions, candidates)
     with torch.no_grad():
-        q = learner.local_critic(GRID[:, None].expand(len(actions), -1, -1))
-    density = boltzmann(q, learner.log_temperature.detach().exp()[:, None])
-    mean, std = moments(density)
-    learner.policy.mean, learner.policy.std = mean[:, None, None], std[:, None, None]
+        energy = learner.local_critic(learner.grid[:, None].expand(len(actions), -1, -1))
+    density = boltzmann(energy, learner.log_temperature.detach().exp()[:, None])
+    mean, std = moments(density, learner.grid)
+    learner.policy.mean.copy_(mean[:, None, None])
+    learner.policy.std.copy_(std[:, None, None])
     update_temperature(learner, entropy_of(density) - learner.args.target_entropy)
 
 
@@ -466,7 +551,7 @@ def update_temperature(learner: Learner, excess: Tensor) -> dict[str, Tensor]:
     return {"policy/temperature": learner.log_temperature.detach().exp().mean()}
 
 
-def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def take_step(optimizer: Adam, loss: Tensor) -> None:
     """One gradient step down the loss, on the optimizer's own parameters only."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -474,173 +559,238 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-# ------------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------------------- training
 
 
-def learn(args: Args, policy: Policy, num_agents: int) -> dict[str, np.ndarray]:
-    """Train `policy` with all seeds side by side; returns arrays.
+def learn(
+    args: Args, policy: Policy, num_agents: int, watch: Callable[[Learner], None] | None = None
+) -> dict[str, np.ndarray]:
+    """Train `policy` with all seeds side by side; returns an array [S] for each name in OUTCOMES.
 
-    first_success [S]: joint actions until the first success, or total_timesteps + 1 if there was none.
-    final_success, final_return, nash_gap [S]: of 1,000 joint actions of the final policies.
-    With --full also gaps [20, S]: Nash gaps over training; snapshots [20, N, 500]: actions of the first seed's agents
-    over training; and energy [N, G]: what they are worth at the end, E[Q(a_i, a_-i)] on GRID.
+    first_success: joint actions until the first success, or total_timesteps + 1 if there was none.
+    final_success, final_return, nash_gap: of 1,000 joint actions of the final policies.
+    `watch` is called twenty times over training; it must leave PyTorch's random numbers as they were.
     """
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    learner = Learner(args, policy, num_agents)
-    update_policy = {"diffusion": update_diffusion, "gaussian": update_gaussian, "moments": update_moments}.get(policy)
+    device = choose_device(args)
     steps = range(0, args.total_timesteps, args.num_envs)
-    actions = torch.empty(args.num_seeds, len(steps) * args.num_envs, num_agents)
-    rewards = torch.empty(actions.shape[:2])
-    first_success = torch.full((args.num_seeds,), args.total_timesteps + 1)
-    snapshots, gaps = [], []
+    capacity = len(steps) * args.num_envs
+    try:
+        learner = Learner(args, policy, num_agents, device)
+        actions = torch.empty(args.num_seeds, capacity, num_agents, device=device)
+        rewards = torch.empty(args.num_seeds, capacity, device=device)
+    except RuntimeError as error:
+        reason = f"no room for this run ({error}); choose smaller numbers"
+        raise RunError(f"--total-timesteps, --num-seeds, --hidden: {reason}") from None
+    never = args.total_timesteps + 1
+    first_success = torch.full((args.num_seeds,), never, device=device)
+
+    def play_uniform(count: int) -> Tensor:
+        return 2 * torch.rand(args.num_seeds, count, num_agents, device=device) - 1
+
     for step in steps:
         # Act.
-        if step < args.learning_starts or policy == "uniform":
-            new = 2 * torch.rand(args.num_seeds, args.num_envs, num_agents) - 1
+        warm_up = step < args.learning_starts
+        if warm_up or policy == "uniform":
+            new = play_uniform(args.num_envs)
         else:
             drawn = learner.policy.sample(args.num_envs + args.actor_batch_size)
             new = learner.joint(drawn[:, : args.num_envs])
-        hits = success(new, args)
-        when = torch.where(hits, step + 1 + torch.arange(args.num_envs), args.total_timesteps + 1)
-        first_success = torch.minimum(first_success, when.amin(1))
+        count = step + 1 + torch.arange(args.num_envs, device=device)
+        count_at_success = torch.where(success(new, args), count, never)  # [S, num_envs]
+        first_success = torch.minimum(first_success, count_at_success.amin(1))
 
         # Store.
         played = step + args.num_envs
-        actions[:, step:played], rewards[:, step:played] = new, team_reward(new, args)
+        actions[:, step:played] = new
+        rewards[:, step:played] = team_reward(new, args)
 
         # Learn.
-        if step >= args.learning_starts and update_policy:
-            rows = torch.randint(played, (args.batch_size,))
-            update_critic(learner, actions[:, rows], rewards[:, rows])
-            update_policy(learner, drawn[:, args.num_envs :])
+        if not warm_up and policy != "uniform":
+            rows = torch.randint(played, (args.batch_size,), device=device)
+            update(learner, actions[:, rows], rewards[:, rows], drawn[:, args.num_envs :])
 
         # Look.
         if played * 20 // args.total_timesteps > step * 20 // args.total_timesteps:
             if not new.isfinite().all():
                 raise RunError(f"the actions of the {policy} policy are NaN after {played} joint actions")
-            if args.full and policy != "uniform":
-                with torch.random.fork_rng(devices=[]):  # a run is the same with and without its figures
-                    snapshot = learner.joint(learner.policy.sample(500))
-                snapshots.append(snapshot[0].T)
-                gaps.append(nash_gap(snapshot[:, :100], args))
+            if watch:
+                watch(learner)
 
-    outcome = {"first_success": first_success}
-    if policy == "uniform":
-        final = 2 * torch.rand(args.num_seeds, 1000, num_agents) - 1
-    else:
-        final = learner.joint(learner.policy.sample(1000))
-    if args.full and policy != "uniform":
-        others = learner.policy.sample(200)
-        energy = learner.score(others, GRID[:, None, None].expand(len(others), -1, 200, 1))[:num_agents].mean(2)
-        outcome |= {"snapshots": torch.stack(snapshots), "gaps": torch.stack(gaps), "energy": energy}
-    outcome["final_success"] = success(final, args).float().mean(1)
-    outcome["final_return"] = team_reward(final, args).mean(1)
-    outcome["nash_gap"] = nash_gap(final[:, :200], args)
-    return {name: value.numpy() for name, value in outcome.items()}
+    final = play_uniform(1000) if policy == "uniform" else learner.joint(learner.policy.sample(1000))
+    outcomes = (
+        first_success,
+        success(final, args).float().mean(1),
+        team_reward(final, args).mean(1),
+        nash_gap(final[:, :200], args),
+    )
+    return {name: values.cpu().numpy() for name, values in zip(OUTCOMES, outcomes, strict=True)}
 
 
-def check_args(args: Args) -> None:
-    """Raise RunError for the first argument that makes no sense."""
+def run_all(job: Callable, args: Args) -> dict[tuple[Policy, int], Any]:
+    """job(args, policy, num_agents) for every policy and number of agents, in --num-processes processes."""
+    jobs = sorted(product(args.policies, args.num_agents), key=lambda pair: -pair[1])  # the longest first
+    if args.num_processes == 1 or choose_device(args).type == "cuda":
+        return {pair: job(args, *pair) for pair in jobs}
+    others = active_children()
+    no_interrupts = signal.SIG_BLOCK, [signal.SIGINT]
+    with ProcessPoolExecutor(args.num_processes, get_context("spawn"), end_with_parent) as pool:
+        try:
+            # Workers start from a thread, where no signal leaves one half started. They inherit that SIGINT is blocked:
+            # a terminal sends it to them too, but to end them is up to this process.
+            with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=no_interrupts) as starter:
+                results = list(starter.map(lambda pair: pool.submit(job, args, *pair), jobs))
+            return {pair: result.result() for pair, result in zip(jobs, results)}
+        except BaseException:
+            for worker in set(active_children()) - set(others):  # or the pool would wait for jobs that nobody wants
+                worker.kill()
+            raise
 
-    def require(name: str, valid: bool, choices: str) -> None:
-        if not valid:
-            raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not valid; it must be {choices}")
 
-    require("num_agents", args.num_agents and all(1 <= n <= 8 for n in args.num_agents), "one or more of 1 to 8")
-    require("policies", args.policies, "one or more of diffusion, gaussian, moments, uniform")
-    require("full", not args.full or set(args.policies) != {"uniform"}, "used with a policy that learns")
-    require("tolerance", 0 < args.tolerance <= 1 - PEAK, "above 0, at most 0.3, so that it stays inside the box")
-    require("bonus", 0 < args.bonus < math.inf, "a number above 0, or there is nothing to coordinate")
-    candidates = args.num_uniform + len(args.sigmas) * args.num_per_kernel
-    require("num_per_kernel", candidates > 1, "large enough for two candidates")
-    require("sigmas", args.sigmas and all(0 < s <= 1 for s in args.sigmas), "one or more numbers above 0, at most 1")
-    require("target_entropy", args.target_entropy < math.log(2), "below 0.69, the uniform policy's entropy")
-    for name in ("critic_lr", "actor_lr", "gaussian_lr", "init_temperature", "temperature_lr"):
-        require(name, 0 < getattr(args, name) < math.inf, "a number above 0")
-    for name in ("num_seeds", "num_processes", "num_envs", "batch_size", "actor_batch_size", "hidden"):
-        require(name, getattr(args, name) >= 1, "a whole number of at least 1")
-    for name in ("denoising_steps", "num_per_kernel", "num_noise_draws", "learning_starts"):
-        require(name, getattr(args, name) >= 1, "a whole number of at least 1")
-    require("num_uniform", args.num_uniform >= 0, "a whole number of at least 0")
-    require("total_timesteps", args.total_timesteps >= 20 * args.num_envs, "at least 20 times --num-envs")
+def end_with_parent() -> None:
+    """Let this worker process end when its parent has, killed or not; else it would wait for work forever."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def train(args: Args) -> dict:
-    """Train every policy with every number of agents; write a CSV and figures to the run folder.
+    """Train every policy with every number of agents; write a CSV and a figure to the run folder.
 
-    Returns run_dir; global_step, the joint actions of all runs; episodic_returns, the final return of each seed of the
-    first policy with the most agents, and final_return, their mean; env_steps_per_second; and rows, those of the CSV.
-    Raises RunError for bad arguments and for NaN.
+    Returns a dict, also written to RUN_DIR/result.json. Keys: run_dir; global_step, joint actions in all;
+    episodic_returns, of the first policy with the most agents, one per seed; final_return, their mean;
+    env_steps_per_second; and, but not in the file, rows, those of the CSV. Raises RunError for bad arguments and NaN.
     """
     check_args(args)
-    started = time.monotonic()
     run_dir = Path("runs") / f"{SCRIPT}__{args.game}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **asdict(args)}, indent=2))
-    jobs = sorted(product(args.policies, args.num_agents), key=lambda job: -job[1])  # the longest first
-    with ProcessPoolExecutor(args.num_processes, get_context("spawn")) as pool:
-        runs = dict(zip(jobs, pool.map(learn, repeat(args), *zip(*jobs))))
-    rows = [
-        {"policy": policy, "num_agents": n, "seed": seed}
-        | {name: runs[policy, n][name][seed].item() for name in OUTCOMES}
-        for policy, n in product(args.policies, args.num_agents)
-        for seed in range(args.num_seeds)
-    ]
-    with open(run_dir / "coordination.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    started = time.monotonic()
+    runs = run_all(learn, args)
+    rows = []
+    for policy, num_agents, seed in product(args.policies, args.num_agents, range(args.num_seeds)):
+        outcomes = {name: values[seed].item() for name, values in runs[policy, num_agents].items()}
+        rows.append({"policy": policy, "num_agents": num_agents, "seed": seed} | outcomes)
+    write_rows(run_dir, rows)
     plot_success(args, runs, run_dir / "success.png")
-    if args.full:
-        plot_training(args, runs, run_dir / "training.png")
-        plot_nash_gap(args, runs, run_dir / "nash_gap.png")
-        plot_exact(args, run_dir / "exact.png")
-        plot_issm(args, run_dir / "issm.png")
     episodic_returns = runs[args.policies[0], max(args.num_agents)]["final_return"].tolist()
+    global_step = len(rows) * args.total_timesteps
     result = {
         "run_dir": str(run_dir),
-        "global_step": len(rows) * args.total_timesteps,
+        "global_step": global_step,
         "final_return": float(np.mean(episodic_returns)),
         "episodic_returns": episodic_returns,
-        "env_steps_per_second": len(rows) * args.total_timesteps / (time.monotonic() - started),
+        "env_steps_per_second": global_step / (time.monotonic() - started),
     }
     (run_dir / "result.json").write_text(json.dumps(result, indent=2))
     return result | {"rows": rows}
 
 
-# -------------------------------------------------------------------------------------------------------- figures
-
-COLORS = {"diffusion": "tab:blue", "gaussian": "tab:orange", "moments": "tab:green", "uniform": "tab:gray"}
-OUTCOMES = ("first_success", "final_success", "final_return", "nash_gap")
+# ------------------------------------------------------------------------------------------------- files of a run
 
 
-def interval(values: np.ndarray, statistic=np.mean, repeats: int = 2000) -> np.ndarray:
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the type that a field's annotation names; True and False are no numbers here."""
+    try:
+        check_type(value, annotation, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    return isinstance(value, bool) == (annotation is bool)
+
+
+def require(args: Args, name: str, valid: bool, choices: str) -> None:
+    """Raise RunError, naming the argument and what it must be, unless it is valid."""
+    if not valid:
+        raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)!r} is not valid; it must be {choices}")
+
+
+def check_types(args: Args, smallest: dict[str, int]) -> None:
+    """Raise RunError for the first argument of another type than its field, and for whole numbers out of bounds.
+
+    These lie from `smallest`, or 1 where it does not name them, to 4294967295.
+    """
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        valid = fits(value, argument.type)
+        require(args, argument.name, valid, f"of type {formatannotation(argument.type)}")
+        if fits(value, int):
+            low = smallest.get(argument.name, 1)
+            require(args, argument.name, low <= value < 2**32, f"a whole number from {low} to {2**32 - 1}")
+
+
+def check_args(args: Args) -> None:
+    """Raise RunError for the first argument that makes no sense."""
+    check_types(args, {"seed": 0, "num_uniform": 0})
+    for name in ("num_agents", "policies"):
+        values = getattr(args, name)
+        require(args, name, 0 < len(set(values)) == len(values), "one or more, each named once")
+    require(args, "num_agents", all(1 <= n <= 8 for n in args.num_agents), "whole numbers from 1 to 8")
+    require(args, "tolerance", 0 < args.tolerance <= 1 - PEAK, "above 0, at most 0.3, so that it stays inside the box")
+    require(args, "bonus", 0 < args.bonus <= 1e3, "above 0, or there is nothing to coordinate, and at most 1000")
+    enough = args.total_timesteps >= 20 * args.num_envs
+    require(args, "total_timesteps", enough, f"at least 20 times --num-envs, {20 * args.num_envs}")
+    require(args, "learning_starts", args.learning_starts < args.total_timesteps, "below --total-timesteps")
+    for name in ("critic_lr", "actor_lr", "gaussian_lr", "temperature_lr"):
+        require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
+    require(args, "init_temperature", 1e-6 <= args.init_temperature <= 1e6, "a number from 1e-6 to 1e6")
+    entropies = "a number from -10 to below 0.69, the uniform policy's entropy"
+    require(args, "target_entropy", -10 <= args.target_entropy < math.log(2), entropies)
+    candidates = args.num_uniform + len(args.sigmas) * args.num_per_kernel
+    require(args, "num_per_kernel", candidates > 1, "large enough for two candidates")
+    widths = args.sigmas and all(1e-3 <= sigma <= 1 for sigma in args.sigmas)
+    require(args, "sigmas", widths, "one or more numbers from 0.001 to 1")
+    cuda = torch.cuda.is_available()
+    require(args, "device", args.device != "cuda" or cuda, "auto or cpu on this machine, where PyTorch finds no CUDA")
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device that --device names; auto is CUDA if there is one."""
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def write_rows(run_dir: Path, rows: list[dict]) -> None:
+    """Write coordination.csv, whole."""
+    with open(run_dir / "coordination.csv.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(run_dir / "coordination.csv.tmp", run_dir / "coordination.csv")
+
+
+def interval(values: np.ndarray, statistic: Callable = np.mean, repeats: int = 2000) -> np.ndarray:
     """95 % percentile bootstrap [2, ...] of a statistic over the first axis, the seeds."""
     rows = np.random.default_rng(0).integers(len(values), size=(repeats, len(values)))
     return np.percentile(statistic(values[rows], axis=1), [2.5, 97.5], axis=0)
 
 
-def solved(run: dict) -> np.ndarray:
-    """[S] which seeds' final teams succeed in more than half of their plays."""
-    return run["final_success"] > 0.5
-
-
-def plot_success(args: Args, runs: dict, path: Path) -> None:
+def plot_success(args: Args, runs: dict[tuple[Policy, int], dict[str, np.ndarray]], path: Path) -> None:
     """Samples to the first success, and the share of seeds whose final team succeeds, against the number of agents."""
+    from matplotlib.figure import Figure  # here, since the workers draw nothing
+    from scipy.stats import binomtest
+
     figure = Figure(figsize=(9, 3.4), dpi=100, layout="tight")
     left, right = figure.subplots(1, 2)
-    for policy, shift in zip(args.policies, np.linspace(-0.12, 0.12, len(args.policies))):
-        color, ns = COLORS[policy], np.array(args.num_agents) + shift
-        first = [runs[policy, n]["first_success"] for n in args.num_agents]
-        median = np.array([np.median(values) for values in first])
-        bars = np.abs(np.array([interval(values, np.median) for values in first]).T - median)
-        left.errorbar(ns, median, bars, color=color, marker="o", capsize=3, label=policy)
-        wins = [solved(runs[policy, n]).sum() for n in args.num_agents]
-        share = np.array(wins) / args.num_seeds
-        wilson = [binomtest(int(k), args.num_seeds).proportion_ci(method="wilson") for k in wins]
-        bars = np.abs(np.array([(ci.low, ci.high) for ci in wilson]).T - share)
-        right.errorbar(ns, share, bars, color=color, marker="o", capsize=3)
+    shifts = np.linspace(-0.12, 0.12, len(args.policies))  # so that the bars stand side by side
+    for policy, shift in zip(args.policies, shifts):
+        outcomes = [runs[policy, n] for n in args.num_agents]
+        positions = np.array(args.num_agents) + shift
+        style = {"color": COLORS[policy], "marker": "o", "capsize": 3}
+
+        first = np.array([run["first_success"] for run in outcomes])  # [num_agents, S]
+        medians = np.median(first, 1)
+        bars = np.abs(interval(first.T, np.median) - medians)
+        left.errorbar(positions, medians, bars, label=policy, **style)
+
+        wins = [int((run["final_success"] > 0.5).sum()) for run in outcomes]
+        shares = np.array(wins) / args.num_seeds
+        wilson = [binomtest(k, args.num_seeds).proportion_ci(method="wilson") for k in wins]
+        bars = np.abs(np.array([(bounds.low, bounds.high) for bounds in wilson]).T - shares)
+        right.errorbar(positions, shares, bars, **style)
     left.axhline(args.total_timesteps, color="black", linewidth=0.5, linestyle=":")
     left.set(yscale="log", ylabel="joint actions to the first success (median)")
     right.set(ylim=(-0.05, 1.05), ylabel=f"final teams that coordinate (of {args.num_seeds} seeds)")
@@ -650,204 +800,49 @@ def plot_success(args: Args, runs: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_training(args: Args, runs: dict, path: Path) -> None:
-    """One run of each policy: every agent's density over training, and the final energy (its local critic)."""
-    n, policies = max(args.num_agents), [policy for policy in args.policies if policy != "uniform"]
-    figure = Figure(figsize=(2.2 * (n + 1), 2.1 * len(policies)), dpi=70, layout="tight")
-    for row, policy in zip(figure.subplots(len(policies), n + 1, squeeze=False, sharey=True), policies):
-        run = runs[policy, n]
-        for agent in range(n):
-            drawn = run["snapshots"][:, agent]  # [20, 500]
-            density = [np.histogram(actions, bins=50, range=(-1, 1), density=True)[0] for actions in drawn]
-            extent = (0, args.total_timesteps, -1, 1)
-            row[agent].imshow(np.array(density).T, origin="lower", aspect="auto", extent=extent, vmax=3)
-            row[agent].set(title=f"{policy}, agent {agent + 1}", xlabel="joint actions")
-            row[agent].tick_params(labelsize=7)
-            energy = run["energy"][agent]
-            row[n].plot(energy - energy.max(), GRID, label=f"agent {agent + 1}")
-        row[0].set(ylabel="action")
-        row[n].set(title="energy at the end")
-    figure.savefig(path)
-
-
-def plot_nash_gap(args: Args, runs: dict, path: Path) -> None:
-    """What one agent could gain alone, over training: mean and interval over seeds, for every number of agents."""
-    figure = Figure(figsize=(2.6 * len(args.num_agents), 2.8), dpi=90, layout="tight")
-    (axes,) = figure.subplots(1, len(args.num_agents), squeeze=False, sharey=True)
-    for n, plot in zip(args.num_agents, axes):
-        for policy in (policy for policy in args.policies if policy != "uniform"):
-            gaps = runs[policy, n]["gaps"]  # [20, S]
-            steps = np.linspace(0, args.total_timesteps, len(gaps) + 1)[1:]
-            plot.plot(steps, gaps.mean(1), color=COLORS[policy], label=policy)
-            plot.fill_between(steps, *interval(gaps.T), color=COLORS[policy], alpha=0.2, linewidth=0)
-        plot.set(title=f"{n} agents" if n > 1 else "1 agent", xlabel="joint actions")
-    axes[0].set(ylabel="gain of the best response")
-    axes[0].legend()
-    figure.savefig(path)
-
-
-def before_the_bonus(args: Args) -> Tensor:
-    """Density [G] of the energy-based policy of an agent that knows its own payoff alone, at the target entropy.
-
-    The critic's scale and the number of agents cancel against the temperature, so this holds for any N.
-    """
-    payoff = own_payoff(GRID)
-    excess = lambda temperature: (entropy_of(boltzmann(payoff, temperature)) - args.target_entropy).item()  # noqa: E731
-    return boltzmann(payoff, brentq(excess, 1e-3, 1e3))
-
-
-def gaussian_kl(density: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation, before the tanh, of the tanh-Gaussian of least KL to a density [G] on GRID.
-
-    The reverse KL, which the reparameterised gradient descends. Started right of 0, it finds the right-hand mode.
-    """
-
-    def kl(parameters) -> float:
-        u = np.random.default_rng(0).normal(size=4000) * math.exp(parameters[1]) + parameters[0]
-        a = np.tanh(u)
-        log_prob = -0.5 * ((u - parameters[0]) / math.exp(parameters[1])) ** 2 - parameters[1] - np.log1p(-(a**2))
-        return float(np.mean(log_prob - np.interp(a, GRID.numpy(), density.log().numpy())))
-
-    mean, log_std = minimize(kl, (0.8, -1.5), method="Nelder-Mead").x
-    return mean, math.exp(log_std)
-
-
-def fit_issm(args: Args, num_updates: int = 1000) -> DiffusionPolicy:
-    """num_seeds denoisers trained by ISSM on the energy of before_the_bonus itself: no critic, a fixed temperature."""
-    torch.manual_seed(args.seed)
-    learner, log_density = Learner(args, "diffusion", 1), before_the_bonus(args).log()
-    for _ in range(num_updates):
-        candidates, log_q = propose(args, learner.policy.sample(args.actor_batch_size))
-        cells = ((candidates[..., 0] + 1) / 2 * len(GRID)).long().clamp(0, len(GRID) - 1)
-        weights, _, _ = issm_weights(log_density[cells], log_q, torch.ones(len(candidates)))
-        match(learner, candidates, weights)
-    return learner.policy
-
-
-def chances(args: Args, fits: Tensor) -> dict[str, np.ndarray]:
-    """Each policy's chance [K] to stand within the tolerance of +0.7 while it knows its own payoff alone.
-
-    K is the number of equally likely outcomes: the fits of fit_issm, of which `fits` [K, B] are samples, and the two
-    modes that the reverse KL may pick.
-    """
-    density, low, high = before_the_bonus(args), PEAK - args.tolerance, PEAK + args.tolerance
-    mean, std = (value.item() for value in moments(density))
-    kl_mean, kl_std = gaussian_kl(density)
-
-    def between(mean: float, std: float, low: float, high: float) -> float:
-        return norm.cdf(high, mean, std) - norm.cdf(low, mean, std)
-
-    chosen = [between(sign * kl_mean, kl_std, math.atanh(low), math.atanh(high)) for sign in (1, -1)]
-    return {
-        "energy-based policy": density[(GRID > low) & (GRID < high)].sum(0, keepdim=True).numpy() * 2 / len(GRID),
-        "its ISSM fit": ((fits - PEAK).abs() < args.tolerance).float().mean(1).numpy(),
-        "Gaussian, its mean and deviation": np.array([between(mean, std, low, high)]),
-        "Gaussian, least KL": np.array(chosen),
-        "uniform": np.array([args.tolerance]),
-    }
-
-
-def meeting(chance: np.ndarray, num_agents: int, tries: int = 1000) -> tuple[float, float]:
-    """Chance to meet at +0.7 in one try, and in at least one of many, of a team that draws its agents from `chance`."""
-    team = np.random.default_rng(0).choice(chance, (20_000, num_agents)).prod(1)
-    return team.mean(), (1 - (1 - team) ** tries).mean()
-
-
-def plot_exact(args: Args, path: Path) -> None:
-    """What each policy class makes of the same energy, and the chance that N agents meet at +0.7: no learned critic."""
-    figure = Figure(figsize=(12, 3.4), dpi=90, layout="tight")
-    left, one, many = figure.subplots(1, 3)
-    density, grid = before_the_bonus(args), GRID.numpy()
-    left.plot(grid, density, color="black")
-    fits = fit_issm(args).sample(4000)[..., 0]
-    left.hist(fits.flatten().numpy(), bins=100, range=(-1, 1), density=True, color=COLORS["diffusion"], alpha=0.5)
-    mean, std = (value.item() for value in moments(density))
-    left.plot(grid, norm.pdf(grid, mean, std), color=COLORS["moments"])
-    mean, std = gaussian_kl(density)
-    left.plot(grid, norm.pdf(np.arctanh(grid), mean, std) / (1 - grid**2), color=COLORS["gaussian"])
-    left.set(xlabel="action", ylabel="density")
-    colors = ["black", COLORS["diffusion"], COLORS["moments"], COLORS["gaussian"], COLORS["uniform"]]
-    ns = np.arange(1, 9)
-    for (name, chance), color in zip(chances(args, fits).items(), colors):
-        single, repeated = np.array([meeting(chance, n) for n in ns]).T
-        one.plot(ns, single, marker="o", color=color)
-        many.plot(ns, repeated, marker="o", color=color, label=name)
-    one.set(yscale="log", title="all at +0.7, in one try")
-    many.set(ylim=(-0.05, 1.05), title="at least once in 1,000 tries")
-    for axes in (one, many):
-        axes.set(xlabel="agents", xticks=ns)
-    many.legend(fontsize=7)
-    figure.savefig(path)
-
-
-def issm_error(dim: int, num_candidates: int, num_uniform: int, repeats: int = 400) -> tuple[float, float]:
-    """Root mean squared error per dimension of ISSM's score, and the effective sample size.
-
-    The target has two modes per dimension, a mixture of Gaussians at +-0.4 of deviation 0.12; its score at the noise
-    level alpha_bar = 0.5 is known in closed form. Of the candidates num_uniform are uniform, the rest kernels of widths
-    0.1 and 0.3 around a sample of the target.
-    """
-    alpha_bar, variance = torch.tensor(0.5), 0.12**2
-    sign = torch.randint(2, (2, 1, repeats, dim)) * 2.0 - 1
-    anchor, x_0 = 0.4 * sign + variance**0.5 * torch.randn(2, 1, repeats, dim)
-    x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * torch.randn_like(x_0)
-    kernels = (num_candidates - num_uniform) // 2
-    sigmas = torch.tensor([0.1, 0.3]) if kernels else torch.empty(0)
-    no_drift = torch.zeros(len(sigmas), 1, 1, 1)
-    candidates, log_q = propose_actions(anchor, no_drift, sigmas, num_uniform, kernels)
-    log_p = torch.logaddexp(*(-((candidates - m) ** 2) / (2 * variance) for m in (-0.4, 0.4))).sum(-1)
-    weights, _, _ = issm_weights(log_p, log_q, torch.ones(1))
-    estimate = issm_target(x_t[:, None], alpha_bar.expand(1, 1, repeats), candidates, weights)[:, 0]
-    marginal = alpha_bar * variance + 1 - alpha_bar  # variance of either mode of x_t
-    modes = alpha_bar.sqrt() * torch.tensor([-0.4, 0.4])
-    share = (-((x_t[..., None] - modes) ** 2) / (2 * marginal)).softmax(-1)
-    score = ((modes - x_t[..., None]) / marginal * share).sum(-1)
-    error = (alpha_bar.sqrt() * estimate - x_t) / (1 - alpha_bar) - score
-    return error.square().mean().sqrt().item(), (1 / weights.square().sum(1)).mean().item()
-
-
-def plot_issm(args: Args, path: Path) -> None:
-    """Error of ISSM's score against the number of candidates, and the effective sample size against the dimension."""
-    torch.manual_seed(args.seed)
-    figure = Figure(figsize=(9, 3.4), dpi=100, layout="tight")
-    left, right = figure.subplots(1, 2)
-    sizes = np.array([16, 64, 256, 1024, 4096])
-    for dim in (1, 2, 4):
-        errors = [issm_error(dim, size, size // 4)[0] for size in sizes]
-        slope = np.polyfit(np.log(sizes[1:]), np.log(errors[1:]), 1)[0]
-        left.loglog(sizes, errors, marker="o", label=f"d = {dim}, slope {slope:.2f}")
-    left.set(xlabel="candidates M", ylabel="error of the score, per dimension")
-    dims = [1, 2, 3, 4, 6, 9]
-    for num_uniform, name in ((16, "uniform"), (8, "half uniform"), (4, "a quarter uniform"), (0, "kernels alone")):
-        right.plot(dims, [issm_error(dim, 16, num_uniform)[1] for dim in dims], marker="o", label=name)
-    right.set(xlabel="dimension of the action", ylabel="effective sample size of 16 candidates", xticks=dims)
-    left.legend()
-    right.legend()
-    figure.savefig(path)
+# ---------------------------------------------------------------------------------------------------- command line
 
 
 def print_table(args: Args, rows: list[dict]) -> None:
     """One line for every policy and number of agents."""
     print(f"{'policy':10} agents  first success (median)  final teams that coordinate  return  Nash gap")
     for policy, n in product(args.policies, args.num_agents):
-        first, wins, returns, gap = (
-            np.array([row[name] for row in rows if row["policy"] == policy and row["num_agents"] == n])
-            for name in OUTCOMES
-        )
+        ours = [row for row in rows if row["policy"] == policy and row["num_agents"] == n]
+        first, shares, returns, gaps = (np.array([row[name] for row in ours]) for name in OUTCOMES)
         median = f"{np.median(first):.0f}" if np.median(first) <= args.total_timesteps else "never"
-        coordinated = f"{(wins > 0.5).sum()} of {len(wins)}"
-        print(f"{policy:10} {n:6}  {median:>22}  {coordinated:>27}  {returns.mean():6.2f}  {gap.mean():8.2f}")
+        coordinated = f"{(shares > 0.5).sum()} of {len(shares)}"
+        print(f"{policy:10} {n:6}  {median:>22}  {coordinated:>27}  {returns.mean():6.2f}  {gaps.mean():8.2f}")
 
 
-def main(args: Args) -> None:
-    """What the command line asks for; RunError becomes one line on standard error and exit code 1."""
+def read_command_line() -> tuple[Args, set[str]]:
+    """The arguments, with --help in the groups that Args is made of, and the names of those that were given."""
+    groups = [(group.__name__, group, field(default_factory=group)) for group in reversed(Args.__bases__)]
+    parsed = tyro.cli(make_dataclass("Groups", groups), description=Args.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    flags = {word[2:].split("=")[0].replace("-", "_").removeprefix("no_") for word in sys.argv if word[:2] == "--"}
+    return Args(**values), flags & values.keys()
+
+
+def stop(number: int, frame: Any) -> None:
+    """What SIGINT and SIGTERM do; a second one ends the process at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Stopped(number)
+
+
+def main(args: Args, _: Collection[str] = ()) -> None:
+    """What the command line asks for; a failure is one line on standard error and exit code 1, a signal 128 + n."""
     try:
         result = train(args)
-    except RunError as error:
+    except Stopped as stopped:
+        print("stopped before the end, so there are no results; start again for the same numbers", file=sys.stderr)
+        raise SystemExit(128 + stopped.args[0]) from None
+    except (RunError, OSError, MemoryError, torch.OutOfMemoryError, BrokenProcessPool) as error:
         raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
     print_table(args, result["rows"])
     print(f"run folder {result['run_dir']}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    main(*read_command_line())

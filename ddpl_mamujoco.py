@@ -18,39 +18,56 @@ what stands here is a reconstruction.
 --policy gaussian is the baseline that the paper argues against: the same energy-based policy projected on a
 tanh-Gaussian by the reparameterised KL, as in soft actor-critic, with everything else equal.
 The README numbers the implementation details and explains every logged scalar.
+
+To fork it for another PettingZoo task, put your own make_env and task_name, thirty lines under "environment", in the
+place of these, and what nothing else reads: the first three arguments of Task, PACKAGES and CONFIGURATIONS. The rest,
+StackedAgents included, takes any parallel environment with a state() and with Box actions, whose agents share the
+reward and end together. A copy under another name refuses this script's checkpoints.
 """
 
 import csv
 import json
 import math
+import multiprocessing
 import os
+import re
+import signal
+import socket
+import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
+from inspect import formatannotation
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium_robotics import mamujoco_v1
 from pettingzoo import ParallelEnv
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+SCRIPT = Path(__file__).stem
 
 
 @dataclass
-class Args:
-    """Train agents with DDPL on multi-agent MuJoCo; the defaults are those of the reported results."""
+class Task:
+    """What is learned, and for how long."""
 
-    # Task
     scenario: str = "HalfCheetah"
     """Robot and task, such as HalfCheetah, Hopper, Walker2d, Ant, Swimmer or Humanoid."""
     agent_conf: str = "2x3"
@@ -66,7 +83,11 @@ class Args:
     seed: int = 1
     """Seed of networks, exploration, replay and episodes."""
 
-    # Algorithm
+
+@dataclass
+class Algorithm:
+    """Actor, critics and replay."""
+
     policy: Literal["diffusion", "gaussian"] = "diffusion"
     """The policy class: DDPL's diffusion policy or the Gaussian baseline."""
     buffer_size: int = 1_000_000
@@ -92,7 +113,11 @@ class Args:
     actor_hidden: int = 128
     """Width of the policies' two hidden layers."""
 
-    # Temperature
+
+@dataclass
+class Temperature:
+    """The temperature of the energy-based policy."""
+
     init_temperature: float = 0.05
     """Temperature of the energy-based policy at the start."""
     temperature_lr: float = 3e-3
@@ -100,7 +125,11 @@ class Args:
     target_entropy: float = -0.5
     """Entropy the temperature aims at, in nats per action dimension (uniform: 0.69)."""
 
-    # Diffusion policy and ISSM
+
+@dataclass
+class Diffusion:
+    """The diffusion policy and ISSM."""
+
     denoising_steps: int = 10
     """T, the steps of the diffusion."""
     num_uniform: int = 4
@@ -116,7 +145,11 @@ class Args:
     num_noise_draws: int = 4
     """R, noisy points that the denoiser learns from per state and agent."""
 
-    # Run
+
+@dataclass
+class Run:
+    """Evaluation, files and machine."""
+
     eval_interval: int = 20_000
     """Environment steps between evaluations."""
     eval_episodes: int = 10
@@ -127,123 +160,148 @@ class Args:
     """Environment steps between TensorBoard points."""
     checkpoint_interval: int = 20_000
     """Environment steps between checkpoints. Each also ends the copies' episodes early, as a time limit does."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where learner and replay buffer live; auto is CUDA if there is one."""
+    compile: bool = False
+    """Run the update through torch.compile (needs a C++ compiler)."""
     num_threads: int = 1
     """Threads of PyTorch; networks this small gain little from more."""
     capture_video: bool = False
     """Write a GIF of the trained team to its run folder (with --evaluate: of both ways to play)."""
+    exp_name: str = SCRIPT
+    """First part of the run folder's name."""
     track: bool = False
     """Mirror the TensorBoard scalars to Weights & Biases (needs `pip install wandb`)."""
     wandb_project_name: str = "diffusion-marl"
     """Project on Weights & Biases."""
+    wandb_entity: str | None = None
+    """Team on Weights & Biases."""
     resume: str | None = None
     """Run folder to go on with, from its checkpoint and with its arguments."""
     evaluate: str | None = None
     """Run folder whose policy to load, play and print returns of, without training."""
 
 
-SCRIPT = "ddpl_mamujoco"
+@dataclass
+class Args(Run, Diffusion, Temperature, Algorithm, Task):
+    """Train agents with DDPL on multi-agent MuJoCo; the defaults are those of the reported results."""
+
+
 EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "return_mean", "return_std", "episodes")
-
-
-CONFIGURATIONS = {  # the published factorisations of gymnasium-robotics that run with our MuJoCo
-    "Ant": "2x4 2x4d 4x2",
-    "HalfCheetah": "2x3 6x1",
-    "Hopper": "3x1",
-    "Humanoid": "9|8",
-    "HumanoidStandup": "9|8",
-    "ManySegmentAnt": "2x3 4x2 and so on",
-    "ManySegmentSwimmer": "2x3 4x2 and so on",
-    "Pusher": "3p",
-    "Reacher": "2x1",
-    "Swimmer": "2x1",
-    "Walker2d": "2x3",
-}
 
 
 class RunError(Exception):
     """A wrong argument or a failed run, told to the user in one sentence."""
 
 
-# ---------------------------------------------------------------------------------------------------- environment
+class Stopped(KeyboardInterrupt):
+    """A run that SIGINT or SIGTERM has ended in order."""
 
 
-def make_env(args: Args, render_mode: str | None = None) -> ParallelEnv:
-    """The factorisation that `args` name. Raises RunError, naming the choices, unless gymnasium-robotics has it."""
-    if args.scenario not in CONFIGURATIONS:
-        choices = ", ".join(CONFIGURATIONS)
-        raise RunError(f"--scenario: {args.scenario!r} is not a scenario that runs here; choose from {choices}")
-    try:
-        env = mamujoco_v1.parallel_env(args.scenario, args.agent_conf, args.agent_obsk, render_mode=render_mode)
-    except Exception:  # the package raises a plain one
-        choices = CONFIGURATIONS[args.scenario]
-        raise RunError(f"--agent-conf: {args.scenario} has no {args.agent_conf!r}; choose from {choices}") from None
-    # Two joints of Pusher share a label, by which the package orders what an agent sees: two copies would differ.
-    for joints in (joints for distances in env.k_dicts for joints in distances.values()):
-        joints.sort(key=lambda joint: (joint.label, joint.qpos_ids))
-    return env
+# --------------------------------------------------------------------------------- diffusion and ISSM: pure functions
 
 
-class StackedAgents(gym.Env):
-    """A factorisation as one Gymnasium environment of arrays, agents zero-padded to the largest observation and action.
+def noise_schedule(num_steps: int, log_snr_max: float = 7.0, log_snr_min: float = -5.0) -> Tensor:
+    """alphas_bar [T + 1], the share of signal variance left after t steps; alphas_bar[0] is 1.
 
-    Observations are a dict: what the agents see [N, O] and the state [S] of the whole robot. Actions [N, D] lie in
-    [-1, 1] and are scaled to the agents' own bounds, which the task itself does not enforce. The reward is the team's.
+    alphas_bar[t] = sigmoid(log_snr[t]), and log_snr is linear in t.
     """
-
-    def __init__(self, args: Args, render_mode: str | None = None):
-        self.env, self.render_mode = make_env(args, render_mode), render_mode
-        self.agents = self.env.possible_agents
-        self.boxes = [self.env.action_space(agent) for agent in self.agents]
-        self.obs_sizes = [self.env.observation_space(agent).shape[0] for agent in self.agents]
-        shapes = {"obs": (len(self.agents), max(self.obs_sizes)), "state": self.env.state().shape}
-        spaces = {name: Box(-np.inf, np.inf, shape, np.float32) for name, shape in shapes.items()}
-        self.observation_space = gym.spaces.Dict(spaces)
-        self.action_space = Box(-1, 1, (len(self.agents), max(box.shape[0] for box in self.boxes)), np.float32)
-
-    def action_mask(self) -> Tensor:
-        """[N, D] float: 1 for an agent's real action dimensions, 0 for padding."""
-        sizes = torch.tensor([box.shape[0] for box in self.boxes])
-        return (torch.arange(self.action_space.shape[1]) < sizes[:, None]).float()
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        super().reset(seed=seed)
-        return self._stack(self.env.reset(seed=seed)[0]), {}
-
-    def step(self, actions: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        unit = np.clip(actions, -1, 1) / 2 + 0.5
-        scaled = {
-            agent: box.low + row[: len(box.low)] * (box.high - box.low)
-            for agent, box, row in zip(self.agents, self.boxes, unit)
-        }
-        obs, rewards, terminated, truncated, _ = self.env.step(scaled)
-        agent = self.agents[0]
-        return self._stack(obs), float(rewards[agent]), bool(terminated[agent]), bool(truncated[agent]), {}
-
-    def render(self) -> np.ndarray:
-        return self.env.render()
-
-    def close(self) -> None:
-        self.env.close()
-
-    def _stack(self, observations: dict) -> dict:
-        obs = np.zeros(self.observation_space["obs"].shape, np.float32)
-        for row, agent, size in zip(obs, self.agents, self.obs_sizes):
-            row[:size] = observations[agent]
-        return {"obs": obs, "state": self.env.state().astype(np.float32)}
+    log_snr = torch.linspace(log_snr_max, log_snr_min, num_steps)
+    return torch.cat([torch.ones(1), log_snr.sigmoid()])
 
 
-def make_vector_env(args: Args) -> SyncVectorEnv | AsyncVectorEnv:
-    """Copies of the task that do not reset by themselves, so that every step returns the true next observation."""
-    vector_env = AsyncVectorEnv if args.async_envs else SyncVectorEnv
-    return vector_env([lambda: StackedAgents(args)] * args.num_envs, autoreset_mode=AutoresetMode.DISABLED)
+def denoise_step(x_t: Tensor, v: Tensor, t: int, alphas_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [..., D] and standard deviation [] of x_{t-1} given x_t and the predicted v (DDPM, eq. 6-7).
 
-
-def episode_seeds(stream: int, seed: int, episode: int, num_envs: int) -> np.ndarray:
-    """[E] seeds of the copies' next episode, in the stream of training (0) or evaluation (1) episodes.
-
-    They depend on nothing but these numbers, so a resumed run plays the same episodes without saving the environments.
+    v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 implies an x_0, which is clipped to [-1, 1].
+    At t = 1 the mean is x_0 and the deviation 0.
     """
-    return np.random.SeedSequence([stream, seed, episode]).generate_state(num_envs)
+    alpha_bar = alphas_bar[t]
+    alpha_bar_before = alphas_bar[t - 1]
+    alpha = alpha_bar / alpha_bar_before
+    x_0 = (alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v).clamp(-1, 1)
+    of_x_0 = alpha_bar_before.sqrt() * (1 - alpha) * x_0
+    of_x_t = alpha.sqrt() * (1 - alpha_bar_before) * x_t
+    variance = (1 - alpha) * (1 - alpha_bar_before) / (1 - alpha_bar)
+    return (of_x_0 + of_x_t) / (1 - alpha_bar), variance.sqrt()
+
+
+def propose_actions(
+    anchor: Tensor, sigmas: Tensor, num_uniform: int, num_per_kernel: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Candidates [N, M, B, D] in [-1, 1] and their log-density [N, M, B] under the mixture that proposed them.
+
+    The mixture: `num_uniform` uniform on the box, and for each of the J widths in `sigmas` [J] `num_per_kernel` from a
+    Gaussian around anchor [N, B, D], reflected at the faces of the box. M = num_uniform + J * num_per_kernel. Every
+    candidate is scored under the whole mixture (the balance heuristic, Veach and Guibas 1995):
+
+        q(a) = num_uniform / M * U(a) + sum_j num_per_kernel / M * K_j(a)
+
+    mask [N, D] marks real dimensions; the others stay 0 and add nothing to the density.
+    """
+    num_agents, batch_size, action_size = anchor.shape
+    num_widths, device = len(sigmas), anchor.device
+    num_candidates = num_uniform + num_widths * num_per_kernel
+    mask = torch.ones(num_agents, 1, 1, action_size, device=device) if mask is None else mask[:, None, None]
+    width = sigmas.view(-1, 1, 1, 1, 1)
+    centre = anchor[:, None]  # [N, 1, B, D]
+
+    uniform = 2 * torch.rand(num_agents, num_uniform, batch_size, action_size, device=device) - 1
+    noise = torch.randn(num_widths, num_agents, num_per_kernel, batch_size, action_size, device=device)
+    kernel = centre + width * noise  # [J, N, num_per_kernel, B, D]
+    kernel = kernel - 2 * (kernel - 1).clamp(min=0) - 2 * (kernel + 1).clamp(max=0)  # beyond a face: mirrored back
+    kernel = kernel.clamp(-1, 1).transpose(0, 1).flatten(1, 2)  # beyond both faces: as good as never
+    candidates = torch.cat([uniform, kernel], dim=1) * mask
+
+    # A reflected kernel's density sums its images in the two faces.
+    images = torch.stack([centre, 2 - centre, -2 - centre])[:, None]  # [3, 1, N, 1, B, D]
+    log_images = -0.5 * ((candidates - images) / width) ** 2 - (width * math.sqrt(2 * math.pi)).log()
+    log_kernels = (log_images.logsumexp(0) * mask).sum(-1)  # [J, N, M, B]
+    log_uniform = (-math.log(2) * mask.sum(-1)).expand(1, *log_kernels.shape[1:])
+    shares = torch.full((1 + num_widths, 1, 1, 1), num_per_kernel / num_candidates, device=device)
+    shares[0] = num_uniform / num_candidates
+    return candidates, (torch.cat([log_uniform, log_kernels]) + shares.log()).logsumexp(0)
+
+
+def random_blocks(mask: Tensor, block_size: int) -> Tensor:
+    """[N, D] float: 1 for `block_size` random dimensions of each agent among those that mask [N, D] marks (or all)."""
+    rank = (mask + torch.rand_like(mask)).argsort(-1, descending=True).argsort(-1)
+    return mask * (rank < block_size)
+
+
+def issm_weights(energy: Tensor, log_proposal: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Self-normalised importance weights [N, M, B] of candidates for the energy-based policy, and its entropy [N, B].
+
+        pi(a) = exp(energy(a) / temperature) / Z        w(a) = exp(energy(a) / temperature) / q(a)
+        Z = mean over candidates of w                   entropy = log Z - E_pi[energy / temperature], in nats
+
+    energy [N, M, B] and log_proposal [N, M, B], the log-density q, are those of the candidates; temperature is [N].
+    """
+    highest = energy.amax(1, keepdim=True)
+    log_density = (energy - highest) / temperature[:, None, None]  # so that differences survive a low temperature
+    log_weights = log_density - log_proposal
+    weights = log_weights.softmax(1)
+    log_normalizer = log_weights.logsumexp(1) - math.log(energy.shape[1])
+    return weights, log_normalizer - (weights * log_density).sum(1)
+
+
+def issm_target(x_t: Tensor, alpha_bar: Tensor, candidates: Tensor, weights: Tensor) -> Tensor:
+    """The exact denoiser E[a | x_t] [N, R, B, D] of the weighted candidates [N, M, B, D], weights [N, M, B].
+
+        x_t = sqrt(alpha_bar) a + sqrt(1 - alpha_bar) noise
+        E[a | x_t] = sum_m p_m a_m,   p_m proportional to w_m exp(-|x_t - sqrt(alpha_bar) a_m|^2 / (2 (1 - alpha_bar)))
+
+    x_t is [N, R, B, D], alpha_bar [N, R, B]. Every candidate counts, by its weight times its likelihood of x_t, so that
+    the choice of the one behind x_t adds no variance.
+    """
+    x_t = x_t.transpose(1, 2)  # [N, B, R, D]
+    candidates = candidates.transpose(1, 2)  # [N, B, M, D]
+    alpha_bar = alpha_bar.transpose(1, 2)[..., None]  # [N, B, R, 1]
+    log_weights = weights.transpose(1, 2).log()[:, :, None]  # [N, B, 1, M]
+    # -|x_t - sqrt(alpha_bar) a|^2 / 2 without the term in x_t alone, which the softmax over candidates cancels
+    fit = alpha_bar.sqrt() * (x_t @ candidates.mT) - 0.5 * alpha_bar * candidates.square().sum(-1)[:, :, None]
+    posterior = (log_weights + fit / (1 - alpha_bar)).softmax(-1)  # [N, B, R, M]
+    return (posterior @ candidates).transpose(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -255,6 +313,13 @@ def stacked_weight(stack: int, in_features: int, out_features: int) -> nn.Parame
     return nn.Parameter(torch.empty(stack, in_features, out_features).uniform_(-bound, bound))
 
 
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight + bias, with or without a leading stack. Compiled, the sum fuses with the activation that follows."""
+    if torch.compiler.is_compiling():
+        return x @ weight + bias
+    return torch.addmm(bias, x, weight) if x.ndim == 2 else torch.baddbmm(bias, x, weight)
+
+
 class StackedLinear(nn.Module):
     """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]."""
 
@@ -264,7 +329,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(stack, 1, out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+        return affine(x, self.weight, self.bias)
 
 
 class DiffusionPolicy(nn.Module):
@@ -273,7 +338,7 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, num_agents: int, obs_size: int, action_size: int, hidden: int, num_steps: int, mask: Tensor):
         super().__init__()
         self.observation = StackedLinear(num_agents, obs_size, hidden)
-        self.step = nn.Parameter(0.3 * torch.randn(num_agents, num_steps + 1, hidden))
+        self.time = nn.Parameter(0.3 * torch.randn(num_agents, num_steps + 1, hidden))
         self.noisy_action = stacked_weight(num_agents, action_size, hidden)
         self.hidden = StackedLinear(num_agents, hidden, hidden)
         self.velocity = StackedLinear(num_agents, hidden, action_size)
@@ -283,7 +348,7 @@ class DiffusionPolicy(nn.Module):
 
     def forward(self, context: Tensor, x_t: Tensor) -> Tensor:
         """v [N, B, D] of noisy actions [N, B, D]; context [N, B, H] is the first layer's sum over (observation, t)."""
-        hidden = F.silu(torch.baddbmm(context, x_t, self.noisy_action))
+        hidden = F.silu(affine(x_t, self.noisy_action, context))
         return self.velocity(F.silu(self.hidden(hidden))) * self.mask
 
     @torch.no_grad()
@@ -292,12 +357,14 @@ class DiffusionPolicy(nn.Module):
 
         Deterministic: from x_T = 0 and without noise.
         """
-        noise_scale = 0.0 if deterministic else 1.0
+        shape = (*obs.shape[:2], self.mask.shape[-1])
+        draw = torch.zeros if deterministic else torch.randn
         features = self.observation(obs)  # the same at every step, so computed once
-        x_t = noise_scale * torch.randn(*obs.shape[:2], self.mask.shape[-1], device=obs.device) * self.mask
+        x_t = draw(shape, device=obs.device) * self.mask
         for t in range(len(self.alphas_bar) - 1, 0, -1):
-            mean, std = denoise_step(x_t, self(features + self.step[:, t, None], x_t), t, self.alphas_bar)
-            x_t = mean + noise_scale * std * torch.randn_like(mean) * self.mask
+            v = self(features + self.time[:, t, None], x_t)
+            mean, std = denoise_step(x_t, v, t, self.alphas_bar)
+            x_t = mean + std * draw(shape, device=obs.device) * self.mask
         return x_t
 
 
@@ -329,7 +396,11 @@ class GaussianPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, obs: Tensor, deterministic: bool = False) -> Tensor:
         """Actions [N, B, D] in [-1, 1] for observations [N, B, O]. Deterministic: tanh of the mean."""
-        return torch.tanh(self(obs)[0]) * self.mask if deterministic else self.rsample(obs)[0]
+        if deterministic:
+            mean, _ = self(obs)
+            return torch.tanh(mean) * self.mask
+        actions, _ = self.rsample(obs)
+        return actions
 
 
 class TwinCritic(nn.Module):
@@ -345,7 +416,7 @@ class TwinCritic(nn.Module):
     def forward(self, state: Tensor, actions: Tensor) -> Tensor:
         """Values [2, B] of states [B, S] and joint actions [N, B, D]."""
         state, joint = (x.expand(2, -1, -1) for x in (state, actions.transpose(0, 1).flatten(1)))
-        hidden = F.relu(torch.baddbmm(self.state(state), joint, self.actions))
+        hidden = F.relu(affine(joint, self.actions, self.state(state)))
         return self.value(F.relu(self.hidden(hidden))).squeeze(-1)
 
     @torch.no_grad()
@@ -358,11 +429,11 @@ class TwinCritic(nn.Module):
         num_agents, num_candidates, batch_size, action_size = candidates.shape
         joint = actions.transpose(0, 1).flatten(1)
         own = self.actions[0].view(num_agents, action_size, -1)  # the columns of each agent's own action
-        shared = torch.addmm(self.state.bias[0], state, self.state.weight[0])  # [B, H]
-        shared = shared + joint @ self.actions[0] - actions @ own  # [N, B, H]
+        shared = affine(state, self.state.weight[0], self.state.bias[0]) + joint @ self.actions[0]  # [B, H]
+        others = shared - actions @ own  # [N, B, H]
         hidden = (candidates.flatten(1, 2) @ own).view(num_agents, num_candidates, batch_size, -1)
-        hidden = hidden.add_(shared[:, None]).relu_().flatten(0, 2)
-        hidden = torch.addmm(self.hidden.bias[0], hidden, self.hidden.weight[0]).relu_()
+        hidden = hidden.add_(others[:, None]).relu_().flatten(0, 2)
+        hidden = affine(hidden, self.hidden.weight[0], self.hidden.bias[0]).relu_()
         return (hidden @ self.value.weight[0] + self.value.bias[0]).view(candidates.shape[:3])
 
 
@@ -387,174 +458,80 @@ class LocalCritic(nn.Module):
         return self.value(self.hidden(hidden).relu_()).view(candidates.shape[:3])
 
 
-# -------------------------------------------------------------------------------------------------- replay buffer
+# ------------------------------------------------------------------------------------------- learner and its updates
 
 
-class Batch(NamedTuple):
-    """Transitions, agents first: observations [N, B, O], actions [N, B, D], reward, terminated [B], states [B, S]."""
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam that an update compiles through: all of its state is there from the start, and no hooks run."""
 
-    obs: Tensor
-    actions: Tensor
-    reward: Tensor
-    terminated: Tensor
-    next_obs: Tensor
-    state: Tensor
-    next_state: Tensor
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, eps: float = 1e-8):
+        super().__init__(parameters, lr, eps=eps)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
-
-class ReplayBuffer:
-    """The last `capacity` transitions, whose fields have `shapes`.
-
-    `next_obs` is the true next observation, also where an episode was truncated.
-    """
-
-    def __init__(self, capacity: int, shapes: Batch):
-        self.data = Batch(*(torch.empty(capacity, *shape) for shape in shapes))  # untouched pages take no memory
-        self.capacity, self.added = capacity, 0
-
-    @property
-    def size(self) -> int:
-        return min(self.added, self.capacity)
-
-    def add(self, *transitions: Tensor) -> None:
-        """Add E transitions, given in the order of Batch's fields, each [E, ...]."""
-        rows = torch.arange(self.added, self.added + len(transitions[0])) % self.capacity
-        for column, values in zip(self.data, transitions, strict=True):
-            column[rows] = values.to(column.dtype)
-        self.added += len(rows)
-
-    def sample(self, batch_size: int) -> Batch:
-        """A batch drawn uniformly with replacement, agents first where there are agents."""
-        rows = torch.randint(self.size, (batch_size,))
-        return Batch(*(column[rows].transpose(0, 1) if column.ndim > 2 else column[rows] for column in self.data))
-
-    def state_dict(self) -> dict:
-        return {"added": self.added, "data": [column[: self.size].clone() for column in self.data]}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        for column, values in zip(self.data, state["data"], strict=True):
-            column[: self.size] = values
-
-
-# --------------------------------------------------------------------------------- diffusion and ISSM: pure functions
-
-
-def noise_schedule(num_steps: int, log_snr_max: float = 7.0, log_snr_min: float = -5.0) -> Tensor:
-    """alphas_bar [T+1], the share of signal variance left after t steps: sigmoid of a log-SNR linear in t; [0] is 1."""
-    return torch.cat([torch.ones(1), torch.linspace(log_snr_max, log_snr_min, num_steps).sigmoid()])
-
-
-def denoise_step(x_t: Tensor, v: Tensor, t: int, alphas_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [..., D] and standard deviation [] of x_{t-1} given x_t and the predicted v (DDPM, eq. 6-7).
-
-    The implied x_0 is clipped to [-1, 1]. At t = 1 the mean is x_0 and the deviation 0.
-    """
-    signal, previous = alphas_bar[t], alphas_bar[t - 1]
-    alpha = signal / previous
-    x_0 = (signal.sqrt() * x_t - (1 - signal).sqrt() * v).clamp(-1, 1)
-    mean = (previous.sqrt() * (1 - alpha) * x_0 + alpha.sqrt() * (1 - previous) * x_t) / (1 - signal)
-    return mean, ((1 - alpha) * (1 - previous) / (1 - signal)).sqrt()
-
-
-def propose_actions(
-    anchor: Tensor, drift: Tensor, sigmas: Tensor, num_uniform: int, num_per_kernel: int, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Candidates [N, M, B, D] in [-1, 1] and their log-density [N, M, B] under the mixture that proposed them.
-
-    The mixture: `num_uniform` uniform on the box, and for each of the J widths in `sigmas` [J] `num_per_kernel` from a
-    Gaussian around anchor [N, B, D] + drift [J, N, B, D], reflected at the faces of the box. Every candidate is scored
-    under the whole mixture (the balance heuristic, Veach and Guibas 1995). M = num_uniform + J * num_per_kernel.
-    mask [N, D] marks real dimensions; the others stay 0 and add nothing to the density.
-    """
-    num_agents, batch_size, size = anchor.shape
-    device = anchor.device
-    mask = torch.ones(num_agents, 1, 1, size, device=device) if mask is None else mask[:, None, None]
-    width = sigmas.view(-1, 1, 1, 1, 1)
-    centre = (anchor + drift).clamp(-1, 1)[:, :, None]  # [J, N, 1, B, D]
-
-    uniform = 2 * torch.rand(num_agents, num_uniform, batch_size, size, device=device) - 1
-    noise = torch.randn(len(sigmas), num_agents, num_per_kernel, batch_size, size, device=device)
-    kernel = centre + width * noise
-    kernel = kernel - 2 * (kernel - 1).clamp(min=0) - 2 * (kernel + 1).clamp(max=0)  # beyond a face: mirrored back
-    kernel = kernel.clamp(-1, 1).transpose(0, 1).flatten(1, 2)  # beyond both faces: as good as never
-    candidates = torch.cat([uniform, kernel], dim=1) * mask
-
-    # A reflected kernel's density sums its images in the two faces.
-    images = torch.stack([centre, 2 - centre, -2 - centre])
-    log_images = -0.5 * ((candidates - images) / width) ** 2 - (width * math.sqrt(2 * math.pi)).log()
-    log_kernels = (log_images.logsumexp(0) * mask).sum(-1)  # [J, N, M, B]
-    log_uniform = (-math.log(2) * mask.sum(-1)).expand(1, *log_kernels.shape[1:])
-    counts = torch.tensor([num_uniform] + [num_per_kernel] * len(sigmas), device=device)
-    log_shares = (counts / counts.sum()).log().view(-1, 1, 1, 1)
-    return candidates, (torch.cat([log_uniform, log_kernels]) + log_shares).logsumexp(0)
-
-
-def random_blocks(mask: Tensor, block_size: int) -> Tensor:
-    """[N, D] float: 1 for `block_size` random dimensions of each agent among those that mask [N, D] marks (or all)."""
-    rank = (mask + torch.rand_like(mask)).argsort(-1, descending=True).argsort(-1)
-    return mask * (rank < block_size)
-
-
-def issm_weights(q: Tensor, log_q: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Self-normalised importance weights [N, M, B] of candidates for the energy-based policy exp(q / temperature) / Z.
-
-    q [N, M, B] is the energy and log_q [N, M, B] the candidates' log-density, temperature is [N].
-    Also returns the estimates [N, B] of log Z and of the policy's entropy, log Z - E[q / temperature], in nats.
-    """
-    energy = (q - q.amax(1, keepdim=True)) / temperature[:, None, None]  # differences survive a low temperature
-    log_weights = energy - log_q
-    weights = log_weights.softmax(1)
-    log_z = log_weights.logsumexp(1) - math.log(q.shape[1])
-    entropy = log_z - (weights * energy).sum(1)
-    return weights, log_z + q.amax(1) / temperature[:, None], entropy
-
-
-def issm_target(x_t: Tensor, alpha_bar: Tensor, candidates: Tensor, weights: Tensor) -> Tensor:
-    """The exact denoiser E[a | x_t] [N, R, B, D] of the weighted candidates [N, M, B, D], weights [N, M, B].
-
-    x_t [N, R, B, D] is sqrt(alpha_bar) a + sqrt(1 - alpha_bar) noise, alpha_bar [N, R, B]. Every candidate counts, by
-    its weight times its likelihood of x_t, so that the choice of the one behind x_t adds no variance.
-    """
-    x_t, candidates = x_t.transpose(1, 2), candidates.transpose(1, 2)  # [N, B, R, D], [N, B, M, D]
-    signal = alpha_bar.transpose(1, 2)[..., None]  # [N, B, R, 1]
-    # -|x_t - sqrt(signal) a|^2 / 2 without the term in x_t alone, which the softmax over candidates cancels
-    fit = signal.sqrt() * (x_t @ candidates.mT) - 0.5 * signal * candidates.square().sum(-1)[:, :, None]
-    posterior = (weights.transpose(1, 2).log()[:, :, None] + fit / (1 - signal)).softmax(-1)  # [N, B, R, M]
-    return (posterior @ candidates).transpose(1, 2)
-
-
-# -------------------------------------------------------------------------------------------------------- learner
+    @torch.no_grad()
+    def descend(self, gradients: Sequence[Tensor]) -> None:
+        """One step down the gradients of the parameters, in their order."""
+        (group,) = self.param_groups
+        states = [self.state[parameter] for parameter in group["params"]]
+        compiling = torch.compiler.is_compiling()  # fused by the compiler, then
+        adam(
+            group["params"],
+            list(gradients),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=not compiling,
+            capturable=compiling and states[0]["step"].is_cuda,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 class Learner(nn.Module):
-    """What training changes: policies, critics, temperatures and their optimisers."""
+    """What training changes: policies, critics, temperatures and their optimisers, all on the device of mask [N, D].
+
+    The networks are drawn on the CPU first, so a seed starts with the same ones on every device.
+    """
 
     def __init__(self, args: Args, num_agents: int, obs_size: int, action_size: int, state_size: int, mask: Tensor):
         super().__init__()
+        self.args = args
         sizes = num_agents, obs_size, action_size
         if args.policy == "diffusion":
             self.policy = DiffusionPolicy(*sizes, args.actor_hidden, args.denoising_steps, mask)
             self.local_critic = LocalCritic(*sizes, args.local_critic_hidden)
         else:
             self.policy = GaussianPolicy(*sizes, args.actor_hidden, mask)
-        self.critic, self.target_critic = (
-            TwinCritic(state_size, num_agents, action_size, args.critic_hidden) for _ in range(2)
-        )
+        self.critic = TwinCritic(state_size, num_agents, action_size, args.critic_hidden)
+        self.target_critic = TwinCritic(state_size, num_agents, action_size, args.critic_hidden)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_temperature = nn.Parameter(torch.full((num_agents,), math.log(args.init_temperature)))
-        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.actor_lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True)
-        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], args.temperature_lr, fused=True)
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("sigmas", torch.tensor(args.sigmas), persistent=False)
+        self.to(mask.device)
+
+        self.policy_optimizer = Adam(self.policy.parameters(), args.actor_lr)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr)
+        self.temperature_optimizer = Adam([self.log_temperature], args.temperature_lr)
         if args.policy == "diffusion":
-            self.local_critic_optimizer = torch.optim.Adam(self.local_critic.parameters(), args.actor_lr, fused=True)
-        self.args, self.mask, self.sigmas = args, mask, torch.tensor(args.sigmas)
+            self.local_critic_optimizer = Adam(self.local_critic.parameters(), args.actor_lr)
 
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [value for value in vars(self).values() if isinstance(value, torch.optim.Optimizer)]
+    def optimizers(self) -> list[Adam]:
+        return [value for value in vars(self).values() if isinstance(value, Adam)]
 
 
-def update(learner: Learner, batch: Batch) -> dict[str, Tensor]:
+def update(learner: Learner, batch: "Batch") -> dict[str, Tensor]:
     """One update of critics, policies and temperatures; returns metrics, each a tensor [].
 
     The policies learn at the next observations: there the critic's target has just drawn their actions, which serve
@@ -568,7 +545,7 @@ def update(learner: Learner, batch: Batch) -> dict[str, Tensor]:
     return metrics | update_diffusion(learner, batch.next_state[rows], batch.next_obs[:, rows], next_actions[:, rows])
 
 
-def update_critic(learner: Learner, batch: Batch, next_actions: Tensor) -> dict[str, Tensor]:
+def update_critic(learner: Learner, batch: "Batch", next_actions: Tensor) -> dict[str, Tensor]:
     """Move both critics to r + gamma (1 - terminated) min_k Q'_k(s', a'); a truncated episode bootstraps."""
     with torch.no_grad():
         next_value = learner.target_critic(batch.next_state, next_actions).min(0).values
@@ -597,42 +574,50 @@ def update_local_critic(
 
 def update_diffusion(learner: Learner, state: Tensor, obs: Tensor, actions: Tensor) -> dict[str, Tensor]:
     """One ISSM step of every agent's denoiser, at state [B, S], obs [N, B, O] and the policies' actions [N, B, D]."""
-    args, mask = learner.args, learner.mask
+    args, mask, policy = learner.args, learner.mask, learner.policy
 
     # 1. Propose, a block of dimensions around the policy's own action (all of them, if it has few). To move the kernels
     # a Langevin step uphill first gained nothing.
-    block, no_drift = random_blocks(mask, args.block_size), torch.zeros(len(args.sigmas), 1, 1, 1)
-    candidates, log_q = propose_actions(actions, no_drift, learner.sigmas, args.num_uniform, args.num_per_kernel, block)
+    block = random_blocks(mask, args.block_size)
+    num_dimensions = block.sum(-1)
+    candidates, log_proposal = propose_actions(actions, learner.sigmas, args.num_uniform, args.num_per_kernel, block)
     candidates = candidates + (actions * (1 - block[:, None]))[:, None]
 
     # 2. Weigh. Where fewer than two candidates count, the entropy estimate stops falling with the temperature, so there
     # the temperature rises whatever the estimate says.
-    q, metrics = update_local_critic(learner, state, obs, actions, candidates)
-    weights, _, entropy = issm_weights(q, log_q, learner.log_temperature.detach().exp())
+    energy, metrics = update_local_critic(learner, state, obs, actions, candidates)
+    weights, entropy = issm_weights(energy, log_proposal, learner.log_temperature.detach().exp())
+    entropy = entropy.mean(1)  # [N]
     sample_size = (1 / weights.square().sum(1)).mean(1)  # [N]
-    excess = entropy.mean(1) - args.target_entropy * block.sum(-1)
+    excess = entropy - args.target_entropy * num_dimensions
     metrics |= update_temperature(learner, torch.where(sample_size < 2, sample_size - 2, excess))
 
     # 3. Match: noisy points around resampled candidates, each with its exact denoiser as the target.
     with torch.no_grad():
-        num_agents, num_candidates, batch_size = weights.shape
+        num_agents, _, batch_size = weights.shape
         chances = weights.transpose(1, 2).flatten(0, 1).nan_to_num(1)  # multinomial raises at NaN; the loss shows it
-        draws = chances.multinomial(args.num_noise_draws, replacement=True)
-        draws = draws.view(num_agents, batch_size, -1).transpose(1, 2)  # [N, R, B]
-        x_0 = candidates.gather(1, draws[..., None].expand(-1, -1, -1, candidates.shape[-1]))
-        t = torch.randint(1, args.denoising_steps + 1, draws.shape, device=draws.device)
-        alpha_bar = learner.policy.alphas_bar[t]
-        signal, noise = alpha_bar.sqrt()[..., None], (1 - alpha_bar).sqrt()[..., None]
-        x_t = (signal * x_0 + noise * torch.randn_like(x_0)) * mask[:, None, None]
-        velocity = (signal * x_t - issm_target(x_t, alpha_bar, candidates, weights)) / noise
-        step = F.one_hot(t, args.denoising_steps + 1).float().flatten(1, 2)  # [N, R * B, T + 1]
-    features = learner.policy.observation(obs).repeat(1, args.num_noise_draws, 1)
-    prediction = learner.policy(features + step @ learner.policy.step, x_t.flatten(1, 2))
+        chosen = chances.multinomial(args.num_noise_draws, replacement=True)
+        chosen = chosen.view(num_agents, batch_size, -1).transpose(1, 2)  # [N, R, B]
+        x_0 = candidates.gather(1, chosen[..., None].expand(-1, -1, -1, candidates.shape[-1]))
+        t = torch.randint(1, args.denoising_steps + 1, chosen.shape, device=chosen.device)
+        alpha_bar = policy.alphas_bar[t]  # [N, R, B]
+        signal_scale = alpha_bar.sqrt()[..., None]
+        noise_scale = (1 - alpha_bar).sqrt()[..., None]
+        noise = torch.randn(x_0.shape, device=x_0.device)  # not randn_like: compiled, x_0 may lie otherwise in memory
+        x_t = (signal_scale * x_0 + noise_scale * noise) * mask[:, None, None]
+        denoised = issm_target(x_t, alpha_bar, candidates, weights)
+        velocity = (signal_scale * x_t - denoised) / noise_scale
+        one_hot_t = F.one_hot(t, args.denoising_steps + 1).float().flatten(1, 2)  # [N, R * B, T + 1]
+    features = policy.observation(obs).repeat(1, args.num_noise_draws, 1)
+    prediction = policy(features + one_hot_t @ policy.time, x_t.flatten(1, 2))
     error = (prediction - velocity.flatten(1, 2)) * block[:, None]  # the other dimensions would learn from themselves
     loss = error.square().mean()
     take_step(learner.policy_optimizer, loss)
-    metrics |= {"losses/actor": loss.detach(), "policy/effective_sample_size": sample_size.mean()}
-    return metrics | {"policy/entropy": (entropy.mean(1) / block.sum(-1)).mean()}
+    return metrics | {
+        "losses/actor": loss.detach(),
+        "policy/effective_sample_size": sample_size.mean(),
+        "policy/entropy": (entropy / num_dimensions).mean(),
+    }
 
 
 def update_gaussian(learner: Learner, state: Tensor, obs: Tensor) -> dict[str, Tensor]:
@@ -657,12 +642,24 @@ def update_temperature(learner: Learner, excess: Tensor) -> dict[str, Tensor]:
     return {"policy/temperature": learner.log_temperature.detach().exp().mean()}
 
 
-def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def take_step(optimizer: Adam, loss: Tensor) -> None:
     """One gradient step down the loss, on the optimizer's own parameters only."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
+    optimizer.descend(torch.autograd.grad(loss, optimizer.param_groups[0]["params"]))
+
+
+def compiled(function: Callable, learner: Learner) -> Callable:
+    """An update of this learner through torch.compile: one graph, gradients and optimisers included.
+
+    On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself.
+    """
+    torch._dynamo.config.trace_autograd_ops = True
+    if not next(learner.parameters()).is_cuda:
+        return torch.compile(function, fullgraph=True, options={"fallback_random": True, "cpp_wrapper": True})
+    for optimizer in learner.optimizers():
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                torch._dynamo.mark_static_address(tensor)  # a CUDA graph may then change it in place
+    return torch.compile(function, fullgraph=True, options={"fallback_random": True, "triton.cudagraphs": True})
 
 
 @torch.no_grad()
@@ -670,6 +667,219 @@ def policy_spread(learner: Learner, obs: Tensor, num_samples: int = 16) -> float
     """Standard deviation of actions drawn at the same observation [N, B, O], mean over observations and dimensions."""
     samples = learner.policy.sample(obs.repeat(1, num_samples, 1)).unflatten(1, (num_samples, -1))
     return ((samples.std(1).mean(1) * learner.mask).sum() / learner.mask.sum()).item()
+
+
+# -------------------------------------------------------------------------------------------------- replay buffer
+
+
+class Batch(NamedTuple):
+    """Transitions, agents first: observations [N, B, O], actions [N, B, D], reward, terminated [B], states [B, S]."""
+
+    obs: Tensor
+    actions: Tensor
+    reward: Tensor
+    terminated: Tensor
+    next_obs: Tensor
+    state: Tensor
+    next_state: Tensor
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, whose fields have `shapes`, on a device.
+
+    `next_obs` is the true next observation, also where an episode was truncated. Raises RunError if it does not fit.
+    """
+
+    def __init__(self, capacity: int, shapes: Batch, device: torch.device | str = "cpu"):
+        try:  # untouched pages take no memory
+            self.data = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
+        except RuntimeError:
+            raise RunError(f"--buffer-size: no memory for {capacity} transitions; choose a smaller number") from None
+        self.capacity, self.device, self.added = capacity, device, 0
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, *transitions: Tensor) -> None:
+        """Add E transitions, given in the order of Batch's fields, each [E, ...]."""
+        rows = torch.arange(self.added, self.added + len(transitions[0]), device=self.device) % self.capacity
+        for column, values in zip(self.data, transitions, strict=True):
+            column[rows] = values.to(column.dtype)
+        self.added += len(rows)
+
+    def sample(self, batch_size: int) -> Batch:
+        """A batch drawn uniformly with replacement, agents first where there are agents."""
+        rows = torch.randint(self.size, (batch_size,), device=self.device)
+        return Batch(*(column[rows].transpose(0, 1) if column.ndim > 2 else column[rows] for column in self.data))
+
+    def state_dict(self) -> dict:
+        return {"added": self.added, "data": [column[: self.size].clone() for column in self.data]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """ValueError unless the stored transitions are as many and of the shapes as they should be."""
+        if not fits(state["added"], int) or state["added"] < 0:
+            raise ValueError("added")
+        self.added = state["added"]
+        copy_into([column[: self.size] for column in self.data], state["data"])
+
+
+# ---------------------------------------------------------------------------------------------------- environment
+
+
+PACKAGES = ("gymnasium-robotics", "mujoco")  # whose versions a result names
+
+CONFIGURATIONS = {  # the published factorisations of gymnasium-robotics that run with our MuJoCo
+    "Ant": "2x4 2x4d 4x2",
+    "HalfCheetah": "2x3 6x1",
+    "Hopper": "3x1",
+    "Humanoid": "9|8",
+    "HumanoidStandup": "9|8",
+    "ManySegmentAnt": "2x3 4x2 and so on",
+    "ManySegmentSwimmer": "2x3 4x2 and so on",
+    "Pusher": "3p",
+    "Reacher": "2x1",
+    "Swimmer": "2x1",
+    "Walker2d": "2x3",
+}
+
+
+def make_env(args: Args, render_mode: str | None = None) -> ParallelEnv:
+    """The factorisation that `args` name. Raises RunError, naming the choices, unless gymnasium-robotics has it."""
+    if args.scenario not in CONFIGURATIONS:
+        choices = ", ".join(CONFIGURATIONS)
+        raise RunError(f"--scenario: {args.scenario!r} is not a scenario that runs here; choose from {choices}")
+    require(args, "agent_obsk", 0 <= args.agent_obsk <= 100, "a whole number from 0 to 100")
+    choices = CONFIGURATIONS[args.scenario]
+    unknown = RunError(f"--agent-conf: {args.scenario} has no {args.agent_conf!r}; choose from {choices}")
+    many_segments = args.scenario.startswith("ManySegment")
+    if many_segments and not re.fullmatch(r"[1-9]\d?x[1-9]\d?", args.agent_conf):
+        raise unknown
+    # The package writes the model of many segments to one file and removes it again: one process at a time.
+    lock = FileLock(Path(mamujoco_v1.__file__).parent / "assets" / "lock") if many_segments else nullcontext()
+    try:
+        with lock:
+            env = mamujoco_v1.parallel_env(args.scenario, args.agent_conf, args.agent_obsk, render_mode=render_mode)
+    except Exception as error:  # a plain one from the package, or MuJoCo's about a model of too many segments
+        if not re.match("UNKNOWN partitioning|XML", str(error)):
+            raise
+        raise unknown from None
+    # Two joints of Pusher share a label, by which the package orders what an agent sees: two copies would differ.
+    for joints in (joints for distances in env.k_dicts for joints in distances.values()):
+        joints.sort(key=lambda joint: (joint.label, joint.qpos_ids))
+    return env
+
+
+def task_name(args: Args) -> str:
+    """The task in the name of a run folder, such as HalfCheetah-2x3."""
+    return f"{args.scenario}-{args.agent_conf.replace('|', '-')}"
+
+
+class StackedAgents(gym.Env):
+    """A parallel PettingZoo task as one Gymnasium environment of arrays, agents zero-padded to the largest of them.
+
+    Observations are a dict: what the agents see [N, O] and the state [S] of it all. Actions [N, D] lie in [-1, 1] and
+    are scaled to the agents' own bounds, which the task itself may not enforce. The reward is the team's.
+    """
+
+    def __init__(self, args: Args, render_mode: str | None = None):
+        self.env = make_env(args, render_mode)
+        self.render_mode = render_mode
+        self.agents = self.env.possible_agents
+        self.num_agents = len(self.agents)
+        self.boxes = [self.env.action_space(agent) for agent in self.agents]
+        self.action_sizes = [box.shape[0] for box in self.boxes]
+        self.action_size = max(self.action_sizes)
+        self.obs_sizes = [self.env.observation_space(agent).shape[0] for agent in self.agents]
+        self.obs_size = max(self.obs_sizes)
+        self.env.reset()  # before, some tasks have no state
+        (self.state_size,) = self.env.state().shape
+        shapes = {"obs": (self.num_agents, self.obs_size), "state": (self.state_size,)}
+        spaces = {name: Box(-np.inf, np.inf, shape, np.float32) for name, shape in shapes.items()}
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = Box(-1, 1, (self.num_agents, self.action_size), np.float32)
+
+    def action_mask(self) -> Tensor:
+        """[N, D] float: 1 for an agent's real action dimensions, 0 for padding."""
+        return (torch.arange(self.action_size) < torch.tensor(self.action_sizes)[:, None]).float()
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        observations, _ = self.env.reset(seed=seed)
+        return self._stack(observations), {}
+
+    def step(self, actions: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        unit = np.clip(actions, -1, 1) / 2 + 0.5
+        scaled = {
+            agent: box.low + row[:size] * (box.high - box.low)
+            for agent, box, size, row in zip(self.agents, self.boxes, self.action_sizes, unit)
+        }
+        observations, rewards, terminated, truncated, _ = self.env.step(scaled)
+        agent = self.agents[0]
+        return self._stack(observations), float(rewards[agent]), bool(terminated[agent]), bool(truncated[agent]), {}
+
+    def render(self) -> np.ndarray:
+        return self.env.render()
+
+    def close(self) -> None:
+        self.env.close()
+
+    def _stack(self, observations: dict) -> dict:
+        obs = np.zeros((self.num_agents, self.obs_size), np.float32)
+        for row, agent, size in zip(obs, self.agents, self.obs_sizes):
+            row[:size] = observations[agent]
+        return {"obs": obs, "state": self.env.state().astype(np.float32)}
+
+
+def make_vector_env(args: Args) -> SyncVectorEnv | AsyncVectorEnv:
+    """Copies of the task that do not reset by themselves, so that every step returns the true next observation."""
+    process_of_the_run = os.getpid()
+
+    def make_copy() -> StackedAgents:
+        if os.getpid() != process_of_the_run:  # a signal to all of them is for the run, which then closes its copies
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return StackedAgents(args)
+
+    kind = AsyncVectorEnv if args.async_envs else SyncVectorEnv
+    return kind([make_copy] * args.num_envs, autoreset_mode=AutoresetMode.DISABLED)
+
+
+@contextmanager
+def vector_env(args: Args) -> Iterator[SyncVectorEnv | AsyncVectorEnv]:
+    """make_vector_env's copies, closed whatever happens. Raises RunError if a process of --async-envs ends before."""
+    others = set(multiprocessing.active_children())
+    env = None
+    try:
+        env = make_vector_env(args)
+        yield env
+    except (EOFError, ConnectionError):
+        if not args.async_envs:
+            raise
+        raise RunError("--async-envs: the process of a copy has ended, perhaps for lack of memory") from None
+    finally:
+        for process in set(multiprocessing.active_children()) - others:  # they ignore all other signals
+            process.kill()
+            process.join()
+        if env is not None:
+            env.closed = args.async_envs  # Gymnasium's own way would wait for the processes' answers
+            env.close()
+
+
+def episode_seeds(stream: int, seed: int, episode: int, num_envs: int) -> np.ndarray:
+    """[E] seeds of the copies' next episode, in the stream of training (0) or evaluation (1) episodes.
+
+    They depend on nothing but these numbers, so a resumed run plays the same episodes without saving the environments.
+    """
+    return np.random.SeedSequence([stream, seed, episode]).generate_state(num_envs)
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
+    """Arrays [E, ...] as float32 tensors on the device, in a single transfer."""
+    rows = [array.reshape(len(array), -1) for array in arrays]
+    moved = torch.from_numpy(np.concatenate(rows, 1, dtype=np.float32)).to(device)
+    columns = moved.split([row.shape[1] for row in rows], 1)
+    return [column.view(array.shape) for column, array in zip(columns, arrays)]
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -682,21 +892,25 @@ def evaluate(
 
     The first episode goes to the GIF `video`, if given.
     """
+    device = policy.mask.device
     envs = [StackedAgents(args, "rgb_array" if video else None) for _ in range(min(episodes, 25))]
-    waves, film = [], []
-    with torch.random.fork_rng(devices=[]):
+    waves = []
+    film = []
+    with forked_random_numbers(device):
         torch.manual_seed(seed)
         while len(waves) * len(envs) < episodes:
-            seeds, returns = episode_seeds(1, seed, len(waves), len(envs)), np.zeros(len(envs))
+            seeds = episode_seeds(1, seed, len(waves), len(envs))
             obs = np.stack([env.reset(seed=int(s))[0]["obs"] for env, s in zip(envs, seeds)])
+            returns = np.zeros(len(envs))
             playing = list(range(len(envs)))
             while playing:
                 if video and not waves and 0 in playing:
                     film.append(envs[0].render()[::2, ::2])
-                actions = policy.sample(torch.from_numpy(obs[playing]).transpose(0, 1), deterministic)
-                for i, action in zip(playing, actions.transpose(0, 1).numpy()):
-                    stacked, reward, terminated, truncated, _ = envs[i].step(action)
-                    obs[i], returns[i] = stacked["obs"], returns[i] + reward
+                actions = policy.sample(torch.from_numpy(obs[playing]).to(device).transpose(0, 1), deterministic)
+                for i, action in zip(playing, actions.transpose(0, 1).cpu().numpy()):
+                    observations, reward, terminated, truncated, _ = envs[i].step(action)
+                    obs[i] = observations["obs"]
+                    returns[i] += reward
                     if terminated or truncated:
                         playing = [j for j in playing if j != i]
             waves.append(returns)
@@ -707,52 +921,284 @@ def evaluate(
     return np.concatenate(waves)[:episodes]
 
 
+def forked_random_numbers(device: torch.device) -> AbstractContextManager:
+    """Inside, PyTorch's random numbers may be seeded and drawn without a trace outside."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    global_step: int = 0
+    episode: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+    episode_return: float = math.nan
+    rows: list[dict[str, int | float | str]] = field(default_factory=list)  # of evaluations.csv
+
+
+def train(args: Args, given: Collection[str] = (), signals: Sequence[int] = ()) -> dict:
+    """Train one team; returns a dict, also written to RUN_DIR/result.json.
+
+    Keys: run_dir; global_step; episodic_returns, the list of returns of the final deterministic evaluation;
+    final_return, their mean; env_steps_per_second. Raises RunError for bad arguments and for NaN.
+    `given` names arguments that count as asked for though they equal their defaults. When `signals` is no longer empty,
+    the run raises Stopped. It saves no checkpoint then, since that would end the episodes of this run alone.
+    """
+    with ExitStack() as held:
+        checkpoint = None
+        if args.resume is not None:
+            run_dir = existing_run("--resume", args.resume)
+            held.enter_context(locked(run_dir))
+            args, checkpoint = load_checkpoint("--resume", run_dir, args, given, free=("device", "compile"))
+        check_args(args)
+        torch.set_num_threads(args.num_threads)
+        torch.manual_seed(args.seed)
+        task = StackedAgents(args)
+        env = held.enter_context(vector_env(args))
+        device = choose_device(args)  # after the copies' processes have started, since CUDA cannot be forked
+        mask = task.action_mask().to(device)
+        learner = Learner(args, task.num_agents, task.obs_size, task.action_size, task.state_size, mask)
+        observations, actions = (task.num_agents, task.obs_size), (task.num_agents, task.action_size)
+        state = (task.state_size,)
+        capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
+        buffer = ReplayBuffer(capacity, Batch(observations, actions, (), (), observations, state, state), device)
+        progress = Progress()
+        if checkpoint:
+            progress = restore("--resume", run_dir, checkpoint, learner, buffer, device)
+        else:
+            run_dir = create_run(args, task_name(args))
+            held.enter_context(locked(run_dir))
+        return training_loop(args, run_dir, env, learner, buffer, progress, signals)
+
+
+def training_loop(
+    args: Args,
+    run_dir: Path,
+    env: SyncVectorEnv | AsyncVectorEnv,
+    learner: Learner,
+    buffer: ReplayBuffer,
+    progress: Progress,
+    signals: Sequence[int],
+) -> dict:
+    """Act, store, learn and log, from where `progress` stands to the end."""
+    device = buffer.device
+    update_step = compiled(update, learner) if args.compile else update
+    first_step = progress.global_step
+    started = time.monotonic()
+    last_checkpoint = first_step if first_step else -args.checkpoint_interval
+    writer = start_logging(args, run_dir, first_step)
+    bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", desc=task_name(args), mininterval=1)
+
+    def seconds() -> float:
+        return progress.seconds + time.monotonic() - started
+
+    def save() -> None:
+        check_finite(learner.named_parameters(), progress.global_step)
+        save_checkpoint(run_dir, args, replace(progress, seconds=seconds()), learner, buffer)
+
+    def log_evaluation(episodes: int, video: Path | None = None) -> np.ndarray:
+        for mode in ("stochastic", "deterministic"):
+            deterministic = mode == "deterministic"
+            film = video if deterministic else None
+            returns = evaluate(learner.policy, args, episodes, deterministic, progress.global_step, film)
+            mean, std = float(returns.mean()), float(returns.std())
+            row = progress.global_step, round(seconds(), 1), mode, mean, std, episodes
+            progress.rows.append(dict(zip(EVALUATION_COLUMNS, row)))
+            writer.add_scalar(f"returns/{mode}", mean, progress.global_step)
+        write_evaluations(run_dir, progress.rows)
+        return returns  # of the deterministic policy
+
+    def due(interval: int) -> bool:
+        return progress.global_step // interval > (progress.global_step - args.num_envs) // interval
+
+    def finite(observations: dict) -> tuple[np.ndarray, np.ndarray]:
+        """What the agents see [E, N, O] and the state [E, S]."""
+        obs, state = observations["obs"], observations["state"]
+        check_finite([("an observation", obs), ("the state", state)], progress.global_step)
+        return obs, state
+
+    obs = None
+    metrics = {}
+    while progress.global_step < args.total_timesteps:
+        # A checkpoint cannot hold the state of any environment, so there all copies start anew, interrupted or not.
+        if progress.global_step - last_checkpoint >= args.checkpoint_interval:
+            save()
+            last_checkpoint = progress.global_step
+            obs = None
+        if signals:
+            bar.close()
+            saved = f"the last checkpoint is from step {last_checkpoint}"
+            raise Stopped(f"stopped at step {progress.global_step}; {saved}; go on with --resume {run_dir}")
+        if obs is None:
+            seeds = episode_seeds(0, args.seed, progress.episode, args.num_envs)
+            observations, _ = env.reset(seed=seeds.tolist())
+            obs, state = to_device(finite(observations), device)
+            returns = np.zeros(args.num_envs)
+            progress.episode += 1
+
+        # Act.
+        if progress.global_step < args.learning_starts:
+            actions = (2 * torch.rand(args.num_envs, *learner.mask.shape, device=device) - 1) * learner.mask
+        else:
+            actions = learner.policy.sample(obs.transpose(0, 1)).transpose(0, 1)
+        played = actions.cpu().numpy()
+        check_finite([("the action", played)], progress.global_step)
+        observations, reward, terminated, truncated, _ = env.step(played)
+        progress.global_step += args.num_envs
+
+        # Store.
+        check_finite([("the reward", reward)], progress.global_step)
+        returns += reward
+        arrays = [*finite(observations), reward, terminated]
+        next_obs, next_state, reward, stored_terminated = to_device(arrays, device)
+        buffer.add(obs, actions, reward, stored_terminated, next_obs, state, next_state)
+        obs, state = next_obs, next_state
+        ended = terminated | truncated
+        if ended.any():
+            progress.episode_return = float(returns[ended].mean())
+            returns = np.where(ended, 0, returns)
+            observations, _ = env.reset(options={"reset_mask": ended})
+            obs, state = to_device(finite(observations), device)
+
+        # Learn.
+        while args.learning_starts + progress.updates * args.steps_per_update < progress.global_step:
+            metrics = update_step(learner, buffer.sample(args.batch_size))
+            progress.updates += 1
+
+        # Log.
+        bar.update(args.num_envs)
+        if due(args.log_interval) and metrics:
+            scalars = {name: float(value) for name, value in metrics.items()}
+            check_finite(scalars.items(), progress.global_step)
+            with forked_random_numbers(device):
+                scalars["policy/spread"] = policy_spread(learner, buffer.sample(64).obs)
+            scalars["policy/target_entropy"] = args.target_entropy
+            scalars["steps_per_second"] = (progress.global_step - first_step) / (time.monotonic() - started)
+            scalars["returns/training"] = progress.episode_return
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, progress.global_step)
+            temperature = scalars["policy/temperature"]
+            bar.set_postfix({"return": f"{progress.episode_return:.2f}", "temp": f"{temperature:.4f}"})
+        if due(args.eval_interval) and progress.global_step < args.total_timesteps:
+            log_evaluation(args.eval_episodes)
+
+    save()
+    env_steps_per_second = (progress.global_step - first_step) / (time.monotonic() - started)
+    episodic_returns = log_evaluation(args.final_eval_episodes, run_dir / "final.gif" if args.capture_video else None)
+    bar.close()
+    writer.close()
+    result = {
+        "run_dir": str(run_dir),
+        "global_step": progress.global_step,
+        "final_return": float(episodic_returns.mean()),
+        "episodic_returns": episodic_returns.tolist(),
+        "env_steps_per_second": env_steps_per_second,
+    }
+    versions = {package: version(package) for package in ("torch", "numpy", *PACKAGES)}
+    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
+    return result
+
+
 # ------------------------------------------------------------------------------------------------- files of a run
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the type that a field's annotation names; True and False are no numbers here."""
+    try:
+        check_type(value, annotation, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    return isinstance(value, bool) == (annotation is bool)
+
+
+def require(args: Args, name: str, valid: bool, choices: str) -> None:
+    """Raise RunError, naming the argument and what it must be, unless it is valid."""
+    if not valid:
+        raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)!r} is not valid; it must be {choices}")
+
+
+def check_types(args: Args, smallest: dict[str, int]) -> None:
+    """Raise RunError for the first argument of another type than its field, and for whole numbers out of bounds.
+
+    These lie from `smallest`, or 1 where it does not name them, to 4294967295.
+    """
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        valid = fits(value, argument.type)
+        require(args, argument.name, valid, f"of type {formatannotation(argument.type)}")
+        if fits(value, int):
+            low = smallest.get(argument.name, 1)
+            require(args, argument.name, low <= value < 2**32, f"a whole number from {low} to {2**32 - 1}")
 
 
 def check_args(args: Args) -> None:
     """Raise RunError for the first argument that makes no sense."""
-
-    def require(name: str, valid: bool, choices: str) -> None:
-        if not valid:
-            raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not valid; it must be {choices}")
-
-    for field in fields(args):
-        smallest, value = (
-            int(field.name not in ("seed", "agent_obsk", "learning_starts", "num_uniform")),
-            getattr(args, field.name),
-        )
-        if field.type in (int, int | None) and value is not None:
-            require(field.name, value >= smallest, f"a whole number of at least {smallest}")
-    require("buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")
-    for name in ("critic_lr", "actor_lr", "temperature_lr", "init_temperature"):
-        require(name, 0 < getattr(args, name) < math.inf, "a number above 0")
-    require("gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
-    require("tau", 0 < args.tau <= 1, "a number above 0, at most 1")
-    require("target_entropy", args.target_entropy < math.log(2), "below 0.69, the uniform policy's entropy")
+    check_types(args, {"seed": 0, "agent_obsk": 0, "learning_starts": 0, "num_uniform": 0})
+    check_run_args(args)
+    require(args, "learning_starts", args.learning_starts < args.total_timesteps, "below --total-timesteps")
+    require(args, "buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")
+    require(args, "batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size, {args.buffer_size}")
+    fewer = args.actor_batch_size <= args.batch_size
+    require(args, "actor_batch_size", fewer, f"at most --batch-size, {args.batch_size}")
+    for name in ("critic_lr", "actor_lr", "temperature_lr"):
+        require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
+    require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
+    require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
+    require(args, "init_temperature", 1e-6 <= args.init_temperature <= 1e6, "a number from 1e-6 to 1e6")
+    entropies = "a number from -10 to below 0.69, the uniform policy's entropy"
+    require(args, "target_entropy", -10 <= args.target_entropy < math.log(2), entropies)
     candidates = args.num_uniform + len(args.sigmas) * args.num_per_kernel
-    require("num_per_kernel", candidates > 1, "large enough for two candidates")
-    require("sigmas", args.sigmas and all(0 < s <= 1 for s in args.sigmas), "one or more numbers above 0, at most 1")
+    require(args, "num_per_kernel", candidates > 1, "large enough for two candidates")
+    widths = args.sigmas and all(1e-3 <= sigma <= 1 for sigma in args.sigmas)
+    require(args, "sigmas", widths, "one or more numbers from 0.001 to 1")
     if args.capture_video:
-        env = make_env(args, "rgb_array")
-        env.reset()
         try:
+            env = make_env(args, "rgb_array")
+            env.reset()
             env.render()
-        except Exception as error:
+            env.close()
+        except (RunError, MemoryError):
+            raise
+        except Exception as error:  # from importing OpenGL to the first frame, many kinds
             reason = f"{type(error).__name__}; on a machine without a display, MUJOCO_GL=egl or osmesa may help"
-            raise RunError(f"--capture-video: {args.scenario} cannot be drawn here ({reason})") from None
+            raise RunError(f"--capture-video: {task_name(args)} cannot be drawn here ({reason})") from None
 
 
-def check_finite(named_values: Iterable[tuple[str, Tensor]], global_step: int) -> None:
+def check_run_args(args: Args) -> None:
+    """Raise RunError for the first argument of a run, rather than of an algorithm, that makes no sense."""
+    require(args, "exp_name", re.fullmatch(r"[\w.-]+", args.exp_name), "letters, digits, and the signs _ . -")
+    cuda = torch.cuda.is_available()
+    require(args, "device", args.device != "cuda" or cuda, "auto or cpu on this machine, where PyTorch finds no CUDA")
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise RunError("--track needs Weights & Biases: pip install wandb, or drop the flag") from None
+    if args.compile:
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            raise RunError("--compile: there is no C++ compiler; install one, such as g++, or drop the flag") from None
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device that --device names; auto is CUDA if there is one."""
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def check_finite(named_values: Iterable[tuple[str, Any]], global_step: int) -> None:
     """Stop the run if a value is NaN or infinite. Called before every checkpoint, so that no checkpoint holds one."""
     for name, value in named_values:
-        if not value.isfinite().all():
+        if not torch.as_tensor(value).isfinite().all():
             raise RunError(f"{name} is NaN or infinite at step {global_step}; the last checkpoint is from before")
-
-
-def task_name(args: Args) -> str:
-    """The task in the name of a run folder, such as HalfCheetah-2x3."""
-    return f"{args.scenario}-{args.agent_conf.replace('|', '-')}"
 
 
 def run_arguments(args: Args) -> dict:
@@ -760,37 +1206,157 @@ def run_arguments(args: Args) -> dict:
     return {k: v for k, v in asdict(args).items() if k not in ("resume", "evaluate", "capture_video", "track")}
 
 
-def save_checkpoint(run_dir: Path, contents: dict) -> None:
-    """Write checkpoint.pt so that a kill at any moment leaves a whole one, the old or the new."""
-    torch.save(contents, run_dir / "checkpoint.pt.tmp")
-    os.replace(run_dir / "checkpoint.pt.tmp", run_dir / "checkpoint.pt")
+def create_run(args: Args, task: str) -> Path:
+    """A new run folder with the arguments in it."""
+    run_dir = Path("runs") / f"{args.exp_name}__{task}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+    return run_dir
 
 
-def load_checkpoint(flag: str, run_dir: Path, args: Args, free: tuple[str, ...] = ()) -> tuple[Args, dict]:
+def existing_run(flag: str, folder: str) -> Path:
+    """A run folder by its name. Raises RunError, naming those there are, unless it holds a checkpoint."""
+    if folder and (Path(folder) / "checkpoint.pt").is_file():
+        return Path(folder)
+    runs = ", ".join(str(path.parent) for path in sorted(Path("runs").glob("*/checkpoint.pt"))) or "none yet"
+    raise RunError(f"{flag}: there is no checkpoint.pt in {folder!r}; run folders here: {runs}")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in this run folder. Raises RunError if one does."""
+    path = run_dir / "lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = path.read_text() or "another process"
+        raise RunError(f"--resume: {run_dir} is in use by {owner}; wait for its end or stop it") from None
+    with lock:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+
+
+def save_checkpoint(run_dir: Path, args: Args, progress: Progress, learner: Learner, buffer: ReplayBuffer) -> None:
+    """Write checkpoint.pt so that a kill at any moment, or a full disk, leaves a whole one, the old or the new."""
+    contents = {
+        "script": SCRIPT,
+        "args": run_arguments(args),
+        "progress": asdict(progress),
+        "learner": learner.state_dict(),
+        "optimizers": [list(optimizer.state.values()) for optimizer in learner.optimizers()],
+        "buffer": buffer.state_dict(),
+        **random_state(next(learner.parameters()).device),
+    }
+    path = run_dir / "checkpoint.pt.tmp"
+    try:
+        torch.save(contents, path)
+        os.replace(path, run_dir / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's own, at a full disk
+        path.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path} ({error}); the checkpoint before stays") from None
+
+
+@contextmanager
+def damage_reported(flag: str, run_dir: Path) -> Iterator[None]:
+    """Whatever a truncated, changed or foreign checkpoint raises becomes one sentence."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        reason = f"{run_dir / 'checkpoint.pt'} is damaged ({type(error).__name__}); choose another run folder"
+        raise RunError(f"{flag}: {reason}") from None
+
+
+def load_checkpoint(
+    flag: str, run_dir: Path, args: Args, given: Collection[str], free: Collection[str]
+) -> tuple[Args, dict]:
     """A run's arguments and the contents of its checkpoint. Loading executes no code (weights_only).
 
-    Raises RunError if the checkpoint is missing, damaged or another script's, or if `args` ask for another run than
-    the one it holds. Arguments named in `free` may differ.
+    Raises RunError if the checkpoint is damaged or another script's, or if `args` ask for another run than the one it
+    holds: by arguments that are in `given` or differ from their defaults. Those in `free` may differ.
     """
     path = run_dir / "checkpoint.pt"
-    if not path.is_file():
-        runs = ", ".join(str(p.parent) for p in sorted(Path("runs").glob(f"{SCRIPT}__*/checkpoint.pt"))) or "none yet"
-        raise RunError(f"{flag}: there is no checkpoint.pt in {str(run_dir)!r}; run folders here: {runs}")
-    try:
-        checkpoint = torch.load(path, weights_only=True)
-        script, stored = checkpoint["script"], checkpoint["args"]
-    except Exception as error:  # whatever torch.load raises at a truncated or foreign file
-        raise RunError(f"{flag}: {path} is damaged ({type(error).__name__}); choose another run folder") from None
+    with damage_reported(flag, run_dir):
+        if zipfile.ZipFile(path).testzip():  # PyTorch does not compare the checksums
+            raise ValueError("checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, stored = checkpoint["script"], dict(checkpoint["args"])
     if script != SCRIPT:
-        raise RunError(f"{flag}: {path} belongs to {script}.py; choose a folder named runs/{SCRIPT}__...")
+        raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another run folder")
     if stored.keys() != run_arguments(args).keys():
         raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another run folder")
-    asked = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+    asked = {item.name for item in fields(args) if getattr(args, item.name) != item.default} | set(given)
     for name in (asked & stored.keys()) - set(free):
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"
         if ours != theirs:
             raise RunError(f"{flag}: {run_dir} ran with {option} {theirs}, not {ours}; drop {option}")
+    if "env_id" not in asked and ":" in str(stored.get("env_id")):  # gym.make would import what stands before the colon
+        raise RunError(f"{flag}: {path} names a module to import, {stored['env_id']}; to trust it, name it by --env-id")
     return replace(args, **{name: value for name, value in stored.items() if name not in asked}), checkpoint
+
+
+@torch.no_grad()
+def copy_into(ours: Any, stored: Any) -> None:
+    """Copy nested dicts and lists of tensors onto ours. ValueError unless names, shapes and types are the same, or at
+    a NaN or infinite value."""
+    if isinstance(ours, Tensor):
+        if (ours.shape, ours.dtype) != (stored.shape, stored.dtype) or not stored.isfinite().all():
+            raise ValueError("another shape or type, or NaN")
+        ours.copy_(stored)
+    elif isinstance(ours, dict):
+        if ours.keys() != stored.keys():
+            raise ValueError("other names")
+        for name, value in ours.items():
+            copy_into(value, stored[name])
+    else:
+        for value, theirs in zip(ours, stored, strict=True):
+            copy_into(value, theirs)
+
+
+def read_progress(stored: dict) -> Progress:
+    """Where a checkpoint stands. Raises KeyError, TypeError or ValueError unless all is there, and possible."""
+    progress = Progress(**stored)
+    types = all(fits(stored[item.name], item.type) for item in fields(Progress))
+    counts = [value for value in stored.values() if fits(value, int)]
+    positive = math.isfinite(progress.seconds) and min(*counts, progress.seconds) >= 0
+    columns = all(tuple(row) == EVALUATION_COLUMNS for row in progress.rows)
+    values = all(isinstance(value, str) == (name == "mode") for row in progress.rows for name, value in row.items())
+    if not (types and positive and columns and values):
+        raise ValueError("progress")
+    return progress
+
+
+def restore(
+    flag: str, run_dir: Path, checkpoint: dict, learner: Learner, buffer: ReplayBuffer, device: torch.device
+) -> Progress:
+    """Bring learner, buffer and random numbers to where the checkpoint stands. Raises RunError if it is damaged."""
+    with damage_reported(flag, run_dir):
+        progress = read_progress(checkpoint["progress"])
+        copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
+        copy_into([list(optimizer.state.values()) for optimizer in learner.optimizers()], checkpoint["optimizers"])
+        buffer.load_state_dict(checkpoint["buffer"])
+        set_random_state(checkpoint, device, learner.args.seed + progress.global_step)
+    return progress
+
+
+def random_state(device: torch.device) -> dict:
+    """PyTorch's random numbers on the device, for a checkpoint."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return {"device": device.type, "rng": state}
+
+
+def set_random_state(checkpoint: dict, device: torch.device, seed: int) -> None:
+    """Go on with the checkpoint's random numbers or, if they are another kind of device's, with new ones."""
+    if checkpoint["device"] not in ("cpu", "cuda"):
+        raise ValueError("device")
+    if checkpoint["device"] != device.type:
+        torch.manual_seed(seed)
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(checkpoint["rng"], device)
+    else:
+        torch.set_rng_state(checkpoint["rng"])
 
 
 def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
@@ -802,163 +1368,39 @@ def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
     os.replace(run_dir / "evaluations.csv.tmp", run_dir / "evaluations.csv")
 
 
-def start_tracking(args: Args, run_dir: Path) -> None:
-    """Mirror TensorBoard's scalars to Weights & Biases."""
-    try:
+def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
+    """TensorBoard's writer, with the arguments as a table in its text tab; --track mirrors it to Weights & Biases."""
+    if args.track:
         import wandb
-    except ImportError:
-        raise RunError("--track needs Weights & Biases: pip install wandb, or drop --track") from None
-    wandb.init(project=args.wandb_project_name, name=run_dir.name, config=run_arguments(args), sync_tensorboard=True)
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=run_dir.name,
+            config=run_arguments(args),
+            sync_tensorboard=True,
+        )
+    writer = SummaryWriter(run_dir, purge_step=global_step)
+    table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
+    writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
+    return writer
 
 
-# -------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------------- command line
 
 
-def train(args: Args) -> dict:
-    """Train one team; returns a dict, also written to RUN_DIR/result.json.
-
-    Keys: run_dir; global_step; episodic_returns, the list of returns of the final deterministic evaluation;
-    final_return, their mean; env_steps_per_second. Raises RunError for bad arguments and for NaN.
-    """
-    checkpoint = None
-    if args.resume:
-        run_dir = Path(args.resume)
-        args, checkpoint = load_checkpoint("--resume", run_dir, args)
+def play(args: Args, given: Collection[str] = ()) -> None:
+    """--evaluate: play a run's policy and print its returns."""
+    run_dir = existing_run("--evaluate", args.evaluate)
+    free = ("seed", "final_eval_episodes", "num_threads", "device", "compile")
+    args, checkpoint = load_checkpoint("--evaluate", run_dir, args, given, free)
     check_args(args)
     torch.set_num_threads(args.num_threads)
-    torch.manual_seed(args.seed)
-    env, mask = make_vector_env(args), StackedAgents(args).action_mask()
-    (num_agents, obs_size), (state_size,) = (env.single_observation_space[name].shape for name in ("obs", "state"))
-    learner = Learner(args, num_agents, obs_size, mask.shape[1], state_size, mask)
-    shapes = Batch((num_agents, obs_size), mask.shape, (), (), (num_agents, obs_size), (state_size,), (state_size,))
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), shapes)
-    global_step, episode, updates, seconds, episode_return, rows = 0, 0, 0, 0.0, math.nan, []
-    if checkpoint:
-        learner.load_state_dict(checkpoint["learner"])
-        for optimizer, state in zip(learner.optimizers(), checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        buffer.load_state_dict(checkpoint["buffer"])
-        torch.set_rng_state(checkpoint["rng"])
-        global_step, episode, updates, seconds, episode_return, rows = checkpoint["progress"]
-    else:
-        name = f"{SCRIPT}__{task_name(args)}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        run_dir = Path("runs") / name
-        run_dir.mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
-    if args.track:
-        start_tracking(args, run_dir)
-    writer = SummaryWriter(run_dir, purge_step=global_step)
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", desc=task_name(args), mininterval=1)
-    first_step, started = global_step, time.monotonic()
-    last_checkpoint = global_step if checkpoint else -args.checkpoint_interval
-
-    def save() -> None:
-        check_finite(learner.named_parameters(), global_step)
-        contents = {
-            "script": SCRIPT,
-            "args": run_arguments(args),
-            "progress": [global_step, episode, updates, seconds + time.monotonic() - started, episode_return, rows],
-            "learner": learner.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers()],
-            "buffer": buffer.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-        save_checkpoint(run_dir, contents)
-
-    def log_evaluation(episodes: int, video: Path | None = None) -> np.ndarray:
-        for mode in ("stochastic", "deterministic"):
-            deterministic = mode == "deterministic"
-            returns = evaluate(
-                learner.policy, args, episodes, deterministic, global_step, video if deterministic else None
-            )
-            time_taken = round(seconds + time.monotonic() - started, 1)
-            mean, std = float(returns.mean()), float(returns.std())
-            rows.append(dict(zip(EVALUATION_COLUMNS, (global_step, time_taken, mode, mean, std, episodes))))
-            writer.add_scalar(f"returns/{mode}", mean, global_step)
-        write_evaluations(run_dir, rows)
-        return returns  # of the deterministic policy
-
-    def due(interval: int) -> bool:
-        return global_step // interval > previous_step // interval
-
-    obs, metrics = None, {}
-    while global_step < args.total_timesteps:
-        # A checkpoint cannot hold the state of any environment, so there all copies start anew, interrupted or not.
-        if obs is None or global_step - last_checkpoint >= args.checkpoint_interval:
-            if global_step - last_checkpoint >= args.checkpoint_interval:
-                save()
-                last_checkpoint = global_step
-            seeds, returns = episode_seeds(0, args.seed, episode, args.num_envs), np.zeros(args.num_envs)
-            obs = env.reset(seed=seeds.tolist())[0]
-            episode += 1
-
-        # Act.
-        if global_step < args.learning_starts:
-            actions = (2 * torch.rand(args.num_envs, *mask.shape) - 1) * mask
-        else:
-            actions = learner.policy.sample(torch.from_numpy(obs["obs"]).transpose(0, 1)).transpose(0, 1)
-        check_finite([("the action", actions)], global_step)
-        next_obs, reward, terminated, truncated, _ = env.step(actions.numpy())
-        previous_step, global_step = global_step, global_step + args.num_envs
-
-        # Store.
-        check_finite([("the reward", torch.from_numpy(reward))], global_step)
-        transition = obs["obs"], actions, reward, terminated, next_obs["obs"], obs["state"], next_obs["state"]
-        buffer.add(*map(torch.as_tensor, transition))
-        returns += reward
-        ended = terminated | truncated
-        if ended.any():
-            episode_return = float(returns[ended].mean())
-            next_obs, returns = env.reset(options={"reset_mask": ended})[0], np.where(ended, 0, returns)
-        obs = next_obs
-
-        # Learn.
-        while args.learning_starts + updates * args.steps_per_update < global_step:
-            metrics = update(learner, buffer.sample(args.batch_size))
-            updates += 1
-
-        # Log.
-        progress.update(args.num_envs)
-        if due(args.log_interval) and metrics:
-            check_finite(metrics.items(), global_step)
-            with torch.random.fork_rng(devices=[]):
-                metrics["policy/spread"] = policy_spread(learner, buffer.sample(64).obs)
-            metrics["policy/target_entropy"] = args.target_entropy
-            metrics["steps_per_second"] = (global_step - first_step) / (time.monotonic() - started)
-            metrics["returns/training"] = episode_return
-            for name, value in metrics.items():
-                writer.add_scalar(name, float(value), global_step)
-            progress.set_postfix({"return": f"{episode_return:.2f}", "temp": f"{metrics['policy/temperature']:.4f}"})
-        if due(args.eval_interval) and global_step < args.total_timesteps:
-            log_evaluation(args.eval_episodes)
-
-    save()
-    env_steps_per_second = (global_step - first_step) / (time.monotonic() - started)
-    episodic_returns = log_evaluation(args.final_eval_episodes, run_dir / "final.gif" if args.capture_video else None)
-    env.close()
-    progress.close()
-    writer.close()
-    result = {
-        "run_dir": str(run_dir),
-        "global_step": global_step,
-        "final_return": float(episodic_returns.mean()),
-        "episodic_returns": episodic_returns.tolist(),
-        "env_steps_per_second": env_steps_per_second,
-    }
-    versions = {package: version(package) for package in ("torch", "numpy", "gymnasium-robotics", "mujoco")}
-    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
-    return result
-
-
-def play(args: Args) -> None:
-    """--evaluate: play a run's policy and print its returns."""
-    run_dir = Path(args.evaluate)
-    args, checkpoint = load_checkpoint("--evaluate", run_dir, args, free=("seed", "final_eval_episodes", "num_threads"))
-    check_args(args)
-    env = StackedAgents(args)
-    (num_agents, obs_size), (state_size,) = (env.observation_space[name].shape for name in ("obs", "state"))
-    learner = Learner(args, num_agents, obs_size, env.action_space.shape[1], state_size, env.action_mask())
-    learner.load_state_dict(checkpoint["learner"])
+    task = StackedAgents(args)
+    mask = task.action_mask().to(choose_device(args))
+    learner = Learner(args, task.num_agents, task.obs_size, task.action_size, task.state_size, mask)
+    with damage_reported("--evaluate", run_dir):
+        copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
     for mode in ("stochastic", "deterministic"):
         video = run_dir / f"{mode}.gif" if args.capture_video else None
         returns = evaluate(learner.policy, args, args.final_eval_episodes, mode == "deterministic", args.seed, video)
@@ -967,17 +1409,50 @@ def play(args: Args) -> None:
             print(f"{'':13s} video {video}")
 
 
-def main(args: Args) -> None:
-    """What the command line asks for; RunError becomes one line on standard error and exit code 1."""
+def read_command_line() -> tuple[Args, set[str]]:
+    """The arguments, with --help in the groups that Args is made of, and the names of those that were given."""
+    groups = [(group.__name__, group, field(default_factory=group)) for group in reversed(Args.__bases__)]
+    parsed = tyro.cli(make_dataclass("Groups", groups), description=Args.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    flags = {word[2:].split("=")[0].replace("-", "_").removeprefix("no_") for word in sys.argv if word[:2] == "--"}
+    return Args(**values), flags & values.keys()
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
+    signals = []
+
+    def note(number: int, frame: Any) -> None:
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping where a checkpoint allows it; the same signal again stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if args.evaluate:
-            play(args)
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(args: Args, given: Collection[str] = ()) -> None:
+    """What the command line asks for; a failure is one line on standard error and exit code 1, a signal 128 + n."""
+    try:
+        if args.evaluate is not None:
+            play(args, given)
         else:
-            result = train(args)
+            with noted_signals() as signals:
+                result = train(args, given, signals)
             print(f"final return {result['final_return']:.2f}, run folder {result['run_dir']}")
-    except RunError as error:
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + signals[0]) from None
+    except KeyboardInterrupt:  # while playing
+        raise SystemExit(130) from None
+    except (RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(*read_command_line())

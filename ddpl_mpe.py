@@ -644,7 +644,7 @@ def compiled(function: Callable, learner: Learner) -> Callable:
     On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself.
     """
     torch._dynamo.config.trace_autograd_ops = True
-    if not learner.log_temperature.is_cuda:
+    if not next(learner.parameters()).is_cuda:
         return torch.compile(function, fullgraph=True, options={"fallback_random": True, "cpp_wrapper": True})
     for optimizer in learner.optimizers():
         for state in optimizer.state.values():
@@ -1162,7 +1162,7 @@ def save_checkpoint(run_dir: Path, args: Args, progress: Progress, learner: Lear
         "learner": learner.state_dict(),
         "optimizers": [list(optimizer.state.values()) for optimizer in learner.optimizers()],
         "buffer": buffer.state_dict(),
-        **random_state(learner.log_temperature.device),
+        **random_state(next(learner.parameters()).device),
     }
     path = run_dir / "checkpoint.pt.tmp"
     try:

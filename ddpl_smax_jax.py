@@ -17,46 +17,83 @@ what stands here is a reconstruction. SMAX is from Rutherford et al., "JaxMARL",
 
 --policy gaussian is the baseline that the paper argues against: the same energy-based policy projected on a
 tanh-Gaussian by the reparameterised KL, as in soft actor-critic, with everything else equal.
-The names are those of ddpl_mamujoco.py, in PyTorch; random functions take a key first.
+The names are those of ddpl_mamujoco.py, in PyTorch; random functions take a key first. Its --compile has no place here,
+where everything is compiled.
 The README numbers the implementation details and explains every logged scalar.
+
+To fork it for another environment in JAX, rewrite the section on the environment: make_env, and the arrays that reset,
+step and living bring. A copy under another name refuses this script's checkpoints.
 """
 
 import csv
+import io
 import json
 import math
 import os
+import random
+import re
+import signal
+import socket
+import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
+from inspect import formatannotation
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from jax import Array, lax
-from jax.flatten_util import ravel_pytree
-from jax.nn import relu, sigmoid, silu, softplus
-from jax.scipy.special import logsumexp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxmarl.environments.smax import HeuristicEnemySMAX
-from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO, SMAX
-from safetensors import safe_open
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+
+@contextmanager
+def without_a_trace() -> Iterator[None]:
+    """Inside nothing is printed, and the global random numbers and the streams stay what they were."""
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr", "__stdout__", "__stderr__")}
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    sys.stdout = sys.__stdout__ = io.StringIO()
+    try:
+        yield
+    finally:
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+# On import, JAX draws waiting times for Kubernetes (jax._src.clusters) from NumPy; rich, which JaxMARL needs, draws a
+# number for each of its styles from Python; and JaxMARL prints which environments it did not find, and that on
+# sys.__stdout__, which it puts in the place of sys.stdout (jaxmarl.environments.mabrax).
+with without_a_trace():
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from jax import Array, lax
+    from jax.flatten_util import ravel_pytree
+    from jax.nn import one_hot, relu, sigmoid, silu, softmax, softplus
+    from jax.scipy.special import logsumexp
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jaxmarl.environments.smax import HeuristicEnemySMAX
+    from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO, SMAX
+
+SCRIPT = Path(__file__).stem
 
 
 @dataclass(frozen=True)
-class Args:
-    """Train agents with DDPL on SMAX; the defaults are those of the reported results."""
+class Task:
+    """What is learned, and for how long."""
 
-    # Task
     map_name: str = "3m"
     """Map, such as 3m, 2s3z or 5m_vs_6m."""
     corpses_are_targets: bool = False
@@ -70,7 +107,11 @@ class Args:
     num_seeds: int = 1
     """Runs side by side in one program, with seeds from --seed on; on several devices, if there are."""
 
-    # Algorithm
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Actor, critics and replay."""
+
     policy: Literal["diffusion", "gaussian"] = "diffusion"
     """The policy class: DDPL's diffusion policy or the Gaussian baseline."""
     buffer_size: int = 100_000
@@ -96,7 +137,11 @@ class Args:
     actor_hidden: int = 128
     """Width of the policies' two hidden layers."""
 
-    # Temperature
+
+@dataclass(frozen=True)
+class Temperature:
+    """The temperature of the energy-based policy."""
+
     init_temperature: float = 0.05
     """Temperature of the energy-based policy at the start."""
     temperature_lr: float = 3e-3
@@ -104,7 +149,11 @@ class Args:
     target_entropy: float = -0.5
     """Entropy the temperature aims at, in nats per action dimension (uniform: 0.69)."""
 
-    # Diffusion policy and ISSM
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The diffusion policy and ISSM."""
+
     denoising_steps: int = 10
     """T, the steps of the diffusion."""
     num_uniform: int = 4
@@ -120,7 +169,11 @@ class Args:
     num_noise_draws: int = 4
     """R, noisy points that the denoiser learns from per state and agent."""
 
-    # Run
+
+@dataclass(frozen=True)
+class Run:
+    """Evaluation, files and machine."""
+
     eval_interval: int = 40_000
     """Environment steps between evaluations."""
     eval_episodes: int = 64
@@ -131,27 +184,541 @@ class Args:
     """Environment steps in one call of the compiled program; the other intervals wait for its end."""
     checkpoint_interval: int = 40_000
     """Environment steps between checkpoints."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """JAX's platform, where battles, learner and replay buffer live; auto is JAX's own choice, CUDA if there is one."""
     capture_video: bool = False
     """Write a GIF of a battle to the run folder (with --evaluate: of both ways to play)."""
+    exp_name: str = SCRIPT
+    """First part of the run folder's name."""
     track: bool = False
     """Mirror the TensorBoard scalars to Weights & Biases (needs `pip install wandb`)."""
     wandb_project_name: str = "diffusion-marl"
     """Project on Weights & Biases."""
+    wandb_entity: str | None = None
+    """Team on Weights & Biases."""
     resume: str | None = None
     """Run folder to go on with, from its checkpoint and with its arguments."""
     evaluate: str | None = None
     """Run folder whose policy to load, play and print returns of, without training."""
 
 
-SCRIPT = "ddpl_smax_jax"
+@dataclass(frozen=True)
+class Args(Run, Diffusion, Temperature, Algorithm, Task):
+    """Train agents with DDPL on SMAX; the defaults are those of the reported results."""
+
+
 ACTION_SIZE = 4  # shoot last enemy, do shoot, distance, angle; the first two are probabilities of NOT doing so
-
-
 BATTLE = ("returns", "win_rate", "episode_length", "dead_allies")  # the numbers of a battle; returns are undiscounted
+EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "seed", "return_mean", "return_std", "episodes", *BATTLE[1:])
+
+Metrics = dict[str, Array]
 
 
 class RunError(Exception):
     """A wrong argument or a failed run, told to the user in one sentence."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that SIGINT or SIGTERM has ended in order."""
+
+
+# --------------------------------------------------------------------------------- diffusion and ISSM: pure functions
+
+
+def noise_schedule(num_steps: int, log_snr_max: float = 7.0, log_snr_min: float = -5.0) -> Array:
+    """alphas_bar [T + 1], the share of signal variance left after t steps; alphas_bar[0] is 1.
+
+    alphas_bar[t] = sigmoid(log_snr[t]), and log_snr is linear in t.
+    """
+    log_snr = jnp.linspace(log_snr_max, log_snr_min, num_steps)
+    return jnp.concatenate([jnp.ones(1), sigmoid(log_snr)])
+
+
+def denoise_step(x_t: Array, v: Array, t: Array | int, alphas_bar: Array) -> tuple[Array, Array]:
+    """Mean [..., D] and standard deviation [] of x_{t-1} given x_t and the predicted v (DDPM, eq. 6-7).
+
+    v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 implies an x_0, which is clipped to [-1, 1].
+    At t = 1 the mean is x_0 and the deviation 0.
+    """
+    alpha_bar = alphas_bar[t]
+    alpha_bar_before = alphas_bar[t - 1]
+    alpha = alpha_bar / alpha_bar_before
+    x_0 = (jnp.sqrt(alpha_bar) * x_t - jnp.sqrt(1 - alpha_bar) * v).clip(-1, 1)
+    of_x_0 = jnp.sqrt(alpha_bar_before) * (1 - alpha) * x_0
+    of_x_t = jnp.sqrt(alpha) * (1 - alpha_bar_before) * x_t
+    variance = (1 - alpha) * (1 - alpha_bar_before) / (1 - alpha_bar)
+    return (of_x_0 + of_x_t) / (1 - alpha_bar), jnp.sqrt(variance)
+
+
+def propose_actions(
+    key: Array, anchor: Array, sigmas: Array, num_uniform: int, num_per_kernel: int, mask: Array | None = None
+) -> tuple[Array, Array]:
+    """Candidates [N, M, B, D] in [-1, 1] and their log-density [N, M, B] under the mixture that proposed them.
+
+    The mixture: `num_uniform` uniform on the box, and for each of the J widths in `sigmas` [J] `num_per_kernel` from a
+    Gaussian around anchor [N, B, D], reflected at the faces of the box. M = num_uniform + J * num_per_kernel. Every
+    candidate is scored under the whole mixture (the balance heuristic, Veach and Guibas 1995):
+
+        q(a) = num_uniform / M * U(a) + sum_j num_per_kernel / M * K_j(a)
+
+    mask [N, D] marks real dimensions; the others stay 0 and add nothing to the density.
+    """
+    num_agents, batch_size, action_size = anchor.shape
+    num_widths = len(sigmas)
+    mask = jnp.ones((num_agents, 1, 1, action_size)) if mask is None else mask[:, None, None]
+    width = sigmas.reshape(-1, 1, 1, 1, 1)
+    centre = anchor.clip(-1, 1)[:, None]  # [N, 1, B, D]
+
+    uniform_key, noise_key = jax.random.split(key)
+    uniform = 2 * jax.random.uniform(uniform_key, (num_agents, num_uniform, batch_size, action_size)) - 1
+    noise = jax.random.normal(noise_key, (num_widths, num_agents, num_per_kernel, batch_size, action_size))
+    kernel = centre + width * noise  # [J, N, num_per_kernel, B, D]
+    kernel = kernel - 2 * relu(kernel - 1) - 2 * jnp.minimum(kernel + 1, 0)  # beyond a face: mirrored back
+    kernel = kernel.clip(-1, 1).swapaxes(0, 1)  # beyond both faces: as good as never
+    kernel = kernel.reshape(num_agents, -1, batch_size, action_size)
+    candidates = jnp.concatenate([uniform, kernel], axis=1) * mask
+
+    # A reflected kernel's density sums its images in the two faces.
+    images = jnp.stack([centre, 2 - centre, -2 - centre])[:, None]  # [3, 1, N, 1, B, D]
+    log_images = -0.5 * ((candidates - images) / width) ** 2 - jnp.log(width * math.sqrt(2 * math.pi))
+    log_kernels = (logsumexp(log_images, axis=0) * mask).sum(-1)  # [J, N, M, B]
+    log_uniform = jnp.broadcast_to(-math.log(2) * mask.sum(-1), (1, *log_kernels.shape[1:]))
+    counts = jnp.array([num_uniform] + [num_per_kernel] * num_widths)
+    shares = (counts / counts.sum()).reshape(-1, 1, 1, 1)
+    return candidates, logsumexp(jnp.concatenate([log_uniform, log_kernels]) + jnp.log(shares), axis=0)
+
+
+def random_blocks(key: Array, mask: Array, block_size: int) -> Array:
+    """[N, D] float: 1 for `block_size` random dimensions of each agent among those that mask [N, D] marks (or all)."""
+    rank = (-mask - jax.random.uniform(key, mask.shape)).argsort(-1).argsort(-1)
+    return mask * (rank < block_size)
+
+
+def issm_weights(energy: Array, log_proposal: Array, temperature: Array) -> tuple[Array, Array]:
+    """Self-normalised importance weights [N, M, B] of candidates for the energy-based policy, and its entropy [N, B].
+
+        pi(a) = exp(energy(a) / temperature) / Z        w(a) = exp(energy(a) / temperature) / q(a)
+        Z = mean over candidates of w                   entropy = log Z - E_pi[energy / temperature], in nats
+
+    energy [N, M, B] and log_proposal [N, M, B], the log-density q, are those of the candidates; temperature is [N].
+    """
+    highest = energy.max(1, keepdims=True)
+    log_density = (energy - highest) / temperature[:, None, None]  # so that differences survive a low temperature
+    log_weights = log_density - log_proposal
+    weights = softmax(log_weights, axis=1)
+    log_normalizer = logsumexp(log_weights, axis=1) - math.log(energy.shape[1])
+    return weights, log_normalizer - (weights * log_density).sum(1)
+
+
+def issm_target(x_t: Array, alpha_bar: Array, candidates: Array, weights: Array) -> Array:
+    """The exact denoiser E[a | x_t] [N, R, B, D] of the weighted candidates [N, M, B, D], weights [N, M, B].
+
+        x_t = sqrt(alpha_bar) a + sqrt(1 - alpha_bar) noise
+        E[a | x_t] = sum_m p_m a_m,   p_m proportional to w_m exp(-|x_t - sqrt(alpha_bar) a_m|^2 / (2 (1 - alpha_bar)))
+
+    x_t is [N, R, B, D], alpha_bar [N, R, B]. Every candidate counts, by its weight times its likelihood of x_t, so that
+    the choice of the one behind x_t adds no variance.
+    """
+    x_t = x_t.swapaxes(1, 2)  # [N, B, R, D]
+    candidates = candidates.swapaxes(1, 2)  # [N, B, M, D]
+    alpha_bar = alpha_bar.swapaxes(1, 2)[..., None]  # [N, B, R, 1]
+    log_weights = jnp.log(weights).swapaxes(1, 2)[:, :, None]  # [N, B, 1, M]
+    # -|x_t - sqrt(alpha_bar) a|^2 / 2 without the term in x_t alone, which the softmax over candidates cancels
+    fit = jnp.sqrt(alpha_bar) * (x_t @ candidates.mT) - 0.5 * alpha_bar * (candidates**2).sum(-1)[:, :, None]
+    posterior = softmax(log_weights + fit / (1 - alpha_bar), axis=-1)  # [N, B, R, M]
+    return (posterior @ candidates).swapaxes(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+def stacked_weight(key: Array, stack: int, in_features: int, out_features: int) -> Array:
+    """`stack` weight matrices [S, in, out], one per agent or critic, each started as torch.nn.Linear starts its own."""
+    bound = in_features**-0.5
+    return jax.random.uniform(key, (stack, in_features, out_features), minval=-bound, maxval=bound)
+
+
+class StackedLinear(NamedTuple):
+    """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]."""
+
+    weight: Array
+    bias: Array
+
+    @classmethod
+    def create(cls, key: Array, stack: int, in_features: int, out_features: int) -> "StackedLinear":
+        return cls(stacked_weight(key, stack, in_features, out_features), jnp.zeros((stack, 1, out_features)))
+
+    def __call__(self, x: Array) -> Array:
+        return x @ self.weight + self.bias
+
+
+class DiffusionPolicy(NamedTuple):
+    """N denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent."""
+
+    observation: StackedLinear
+    time: Array  # [N, T + 1, H]
+    noisy_action: Array
+    hidden: StackedLinear
+    velocity: StackedLinear
+
+    @classmethod
+    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int) -> "DiffusionPolicy":
+        hidden = args.actor_hidden
+        keys = jax.random.split(key, 4)
+        return cls(
+            StackedLinear.create(keys[0], num_agents, obs_size, hidden),
+            0.3 * jax.random.normal(keys[1], (num_agents, args.denoising_steps + 1, hidden)),
+            stacked_weight(keys[2], num_agents, ACTION_SIZE, hidden),
+            StackedLinear.create(keys[3], num_agents, hidden, hidden),
+            StackedLinear(jnp.zeros((num_agents, hidden, ACTION_SIZE)), jnp.zeros((num_agents, 1, ACTION_SIZE))),
+        )
+
+    def __call__(self, context: Array, x_t: Array) -> Array:
+        """v [N, B, D] of noisy actions [N, B, D]; context [N, B, H] is the first layer's sum over (observation, t)."""
+        hidden = silu(context + x_t @ self.noisy_action)
+        return self.velocity(silu(self.hidden(hidden)))
+
+    def sample(self, key: Array, obs: Array, deterministic: Array | bool = False) -> Array:
+        """Actions [N, B, D] in [-1, 1] for observations [N, B, O], by ancestral sampling.
+
+        Deterministic: from x_T = 0 and without noise.
+        """
+        num_steps = self.time.shape[1] - 1
+        alphas_bar = noise_schedule(num_steps)
+        features = self.observation(obs)  # the same at every step, so computed once
+        draws = jax.random.normal(key, (num_steps, *obs.shape[:2], ACTION_SIZE)) * jnp.where(deterministic, 0, 1)
+        x_t = draws[0]
+        noise = jnp.concatenate([draws[1:], jnp.zeros_like(draws[:1])])  # the last step adds none
+
+        def denoise(x_t: Array, t_and_noise: tuple[Array, Array]) -> tuple[Array, None]:
+            t, noise = t_and_noise
+            v = self(features + self.time[:, t, None], x_t)
+            mean, std = denoise_step(x_t, v, t, alphas_bar)
+            return mean + std * noise, None
+
+        actions, _ = lax.scan(denoise, x_t, (jnp.arange(num_steps, 0, -1), noise))
+        return actions
+
+
+class GaussianPolicy(NamedTuple):
+    """N tanh-Gaussian policies of the same size as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
+
+    observation: StackedLinear
+    hidden: StackedLinear
+    mean_and_log_std: StackedLinear
+
+    @classmethod
+    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int) -> "GaussianPolicy":
+        sizes = (obs_size, args.actor_hidden, args.actor_hidden, 2 * ACTION_SIZE)
+        layers = zip(jax.random.split(key, 3), sizes, sizes[1:])
+        return cls(*(StackedLinear.create(k, num_agents, i, o) for k, i, o in layers))
+
+    def __call__(self, obs: Array) -> tuple[Array, Array]:
+        """Mean and log standard deviation [N, B, D] before the tanh."""
+        hidden = silu(self.hidden(silu(self.observation(obs))))
+        mean, log_std = jnp.split(self.mean_and_log_std(hidden), 2, axis=-1)
+        return mean, -5 + 3.5 * (jnp.tanh(log_std) + 1)  # in [-5, 2], the bounds of CleanRL's SAC
+
+    def rsample(self, key: Array, obs: Array) -> tuple[Array, Array]:
+        """Reparameterised actions [N, B, D] and their log-density [N, B]."""
+        mean, log_std = self(obs)
+        noise = jax.random.normal(key, mean.shape)
+        u = mean + jnp.exp(log_std) * noise
+        log_det = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh(u)^2), without cancellation
+        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_det
+        return jnp.tanh(u), log_prob.sum(-1)
+
+    def sample(self, key: Array, obs: Array, deterministic: Array | bool = False) -> Array:
+        """Actions [N, B, D] in [-1, 1] for observations [N, B, O]. Deterministic: tanh of the mean."""
+        mean, _ = self(obs)
+        actions, _ = self.rsample(key, obs)
+        return jnp.where(deterministic, jnp.tanh(mean), actions)
+
+
+class TwinCritic(NamedTuple):
+    """Two centralised critics Q(s, a_1..a_N) of the team reward."""
+
+    state: StackedLinear
+    actions: Array
+    hidden: StackedLinear
+    value: StackedLinear
+
+    @classmethod
+    def create(cls, key: Array, args: Args, num_agents: int, state_size: int) -> "TwinCritic":
+        hidden = args.critic_hidden
+        keys = jax.random.split(key, 4)
+        return cls(
+            StackedLinear.create(keys[0], 2, state_size, hidden),
+            stacked_weight(keys[1], 2, num_agents * ACTION_SIZE, hidden),
+            StackedLinear.create(keys[2], 2, hidden, hidden),
+            StackedLinear.create(keys[3], 2, hidden, 1),
+        )
+
+    def __call__(self, state: Array, actions: Array) -> Array:
+        """Values [2, B] of states [B, S] and joint actions [N, B, D]."""
+        hidden = relu(self.state(state) + joint(actions) @ self.actions)
+        return self.value(relu(self.hidden(hidden)))[..., 0]
+
+    def score(self, state: Array, actions: Array, candidates: Array) -> Array:
+        """Q1 [N, M, B] at states [B, S] where agent i plays each of its candidates [N, M, B, D].
+
+        The others play their actions [N, B, D]. The candidates of a state share the first layer but for the agent's own
+        action, so it costs next to nothing.
+        """
+        first = StackedLinear(*(leaf[0] for leaf in self.state))
+        second = StackedLinear(*(leaf[0] for leaf in self.hidden))
+        last = StackedLinear(*(leaf[0] for leaf in self.value))
+        own = self.actions[0].reshape(len(actions), ACTION_SIZE, -1)  # the columns of each agent's own action
+        shared = first(state) + joint(actions) @ self.actions[0] - actions @ own  # [N, B, H]
+        hidden = relu(shared[:, None] + candidates @ own[:, None])
+        return last(relu(second(hidden)))[..., 0]
+
+
+def joint(actions: Array) -> Array:
+    """Joint actions [B, N * D] of the agents' actions [N, B, D]."""
+    return actions.transpose(1, 0, 2).reshape(actions.shape[1], -1)
+
+
+class LocalCritic(NamedTuple):
+    """One critic Q_i(o_i, a_i) per agent: the central Q, averaged over all that agent i neither sees nor decides.
+
+    The energy of DDPL's policies. A softmax of the central Q itself would be averaged by the denoiser: a mean of
+    softmaxes, broader than the softmax of the mean wherever Q depends on what agent i cannot know.
+    """
+
+    observation: StackedLinear
+    action: Array
+    hidden: StackedLinear
+    value: StackedLinear
+
+    @classmethod
+    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int) -> "LocalCritic":
+        hidden = args.local_critic_hidden
+        keys = jax.random.split(key, 4)
+        return cls(
+            StackedLinear.create(keys[0], num_agents, obs_size, hidden),
+            stacked_weight(keys[1], num_agents, ACTION_SIZE, hidden),
+            StackedLinear.create(keys[2], num_agents, hidden, hidden),
+            StackedLinear.create(keys[3], num_agents, hidden, 1),
+        )
+
+    def __call__(self, obs: Array, candidates: Array) -> Array:
+        """Values [N, M, B], up to a constant per observation, of candidates [N, M, B, D] at observations [N, B, O]."""
+        rows = candidates.reshape(len(candidates), -1, ACTION_SIZE)
+        hidden = (rows @ self.action).reshape(*candidates.shape[:3], -1) + self.observation(obs)[:, None]
+        hidden = relu(hidden).reshape(*rows.shape[:2], -1)
+        return self.value(relu(self.hidden(hidden))).reshape(candidates.shape[:3])
+
+
+# ------------------------------------------------------------------------------------------- learner and its updates
+
+
+class Learner(NamedTuple):
+    """What training changes: policies, critics, temperatures and the states of their optimisers."""
+
+    policy: DiffusionPolicy | GaussianPolicy
+    critic: TwinCritic
+    target_critic: TwinCritic
+    local_critic: LocalCritic | None
+    log_temperature: Array
+    optimizers: dict[str, Any]
+
+    @classmethod
+    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int, state_size: int) -> "Learner":
+        policy_key, critic_key, local_critic_key = jax.random.split(key, 3)
+        diffusion = args.policy == "diffusion"
+        policy_class = DiffusionPolicy if diffusion else GaussianPolicy
+        learned = {
+            "policy": policy_class.create(policy_key, args, num_agents, obs_size),
+            "critic": TwinCritic.create(critic_key, args, num_agents, state_size),
+            "local_critic": LocalCritic.create(local_critic_key, args, num_agents, obs_size) if diffusion else None,
+            "log_temperature": jnp.full(num_agents, math.log(args.init_temperature)),
+        }
+        optimizers = {name: optax.adam(0.0).init(value) for name, value in learned.items()}
+        return cls(target_critic=learned["critic"], optimizers=optimizers, **learned)
+
+    def take_step(self, name: str, learning_rate: float, gradient: Any) -> "Learner":
+        """One Adam step of the field `name` down its gradient."""
+        changes, state = optax.adam(learning_rate).update(gradient, self.optimizers[name])
+        value = optax.apply_updates(getattr(self, name), changes)
+        return self._replace(**{name: value}, optimizers=self.optimizers | {name: state})
+
+
+def update(
+    learner: Learner, batch: "Batch", alive: Array, next_alive: Array, args: Args, key: Array
+) -> tuple[Learner, Metrics]:
+    """One update of critics, policies and temperatures; returns metrics, each an array [].
+
+    alive and next_alive [N, B] mark the living: the dead do nothing and learn nothing. The policies learn at the next
+    observations: there the critic's target has just drawn their actions, which serve again as the centres of the
+    proposals and as the other agents' actions a_-i.
+    """
+    sample_key, policy_key = jax.random.split(key)
+    next_actions = learner.policy.sample(sample_key, batch.next_obs) * next_alive[..., None]
+    learner, metrics = update_critic(learner, batch, next_actions, args)
+    if isinstance(learner.policy, GaussianPolicy):
+        learner, more = update_gaussian(learner, batch.next_state, batch.next_obs, next_alive, args, policy_key)
+        return learner, metrics | more
+    rows = slice(args.actor_batch_size)
+    state, obs = batch.next_state[rows], batch.next_obs[:, rows]
+    actions, alive = next_actions[:, rows], next_alive[:, rows]
+    learner, more = update_diffusion(learner, state, obs, actions, alive, args, policy_key)
+    return learner, metrics | more
+
+
+def update_critic(learner: Learner, batch: "Batch", next_actions: Array, args: Args) -> tuple[Learner, Metrics]:
+    """Move both critics to r + gamma (1 - terminated) min_k Q'_k(s', a'); a truncated episode bootstraps."""
+    next_value = learner.target_critic(batch.next_state, next_actions).min(0)
+    target = batch.reward + args.gamma * (1 - batch.terminated) * next_value
+
+    def squared_error(critic: TwinCritic) -> tuple[Array, Array]:
+        q = critic(batch.state, batch.actions)
+        return ((q - target) ** 2).mean(1).sum(), q
+
+    (loss, q), gradient = jax.value_and_grad(squared_error, has_aux=True)(learner.critic)
+    learner = learner.take_step("critic", args.critic_lr, gradient)
+    target_critic = optax.incremental_update(learner.critic, learner.target_critic, args.tau)
+    return learner._replace(target_critic=target_critic), {"losses/critic": loss, "losses/q": q.mean()}
+
+
+def update_local_critic(
+    learner: Learner, state: Array, obs: Array, actions: Array, alive: Array, candidates: Array, args: Args
+) -> tuple[Learner, Array, Metrics]:
+    """Move each Q_i(o_i, a_i) to the central Q at candidates [N, M, B, D], where the others play actions [N, B, D].
+
+    Only the differences between the candidates of a state count, since the policy depends on nothing else: what the
+    rest of the state adds to all of them alike would be noise. Returns Q_i [N, M, B] there, from before the step.
+    """
+    q = learner.critic.score(state, actions, candidates)
+
+    def variance(local_critic: LocalCritic) -> tuple[Array, Array]:
+        local_q = local_critic(obs, candidates)
+        return masked_mean((local_q - q).var(1, ddof=1), alive), local_q
+
+    (loss, local_q), gradient = jax.value_and_grad(variance, has_aux=True)(learner.local_critic)
+    learner = learner.take_step("local_critic", args.actor_lr, gradient)
+    return learner, local_q, {"losses/local_critic": loss}
+
+
+def update_diffusion(
+    learner: Learner, state: Array, obs: Array, actions: Array, alive: Array, args: Args, key: Array
+) -> tuple[Learner, Metrics]:
+    """One ISSM step of every agent's denoiser, at state [B, S], obs [N, B, O] and the policies' actions [N, B, D]."""
+    block_key, propose_key, draw_key, time_key, noise_key = jax.random.split(key, 5)
+
+    # 1. Propose, a block of dimensions around the policy's own action (all of them, if it has few). To move the kernels
+    # a Langevin step uphill first gained nothing.
+    block = random_blocks(block_key, jnp.ones((len(obs), ACTION_SIZE)), args.block_size)
+    num_dimensions = block.sum(-1)
+    sigmas = jnp.array(args.sigmas)
+    candidates, log_proposal = propose_actions(
+        propose_key, actions, sigmas, args.num_uniform, args.num_per_kernel, block
+    )
+    candidates = candidates + (actions * (1 - block[:, None]))[:, None]
+
+    # 2. Weigh. Where fewer than two candidates count, the entropy estimate stops falling with the temperature, so there
+    # the temperature rises whatever the estimate says.
+    learner, energy, metrics = update_local_critic(learner, state, obs, actions, alive, candidates, args)
+    weights, entropy = issm_weights(energy, log_proposal, jnp.exp(learner.log_temperature))
+    entropy = masked_mean(entropy, alive, axis=1)  # [N]
+    sample_size = masked_mean(1 / (weights**2).sum(1), alive, axis=1)  # [N]
+    excess = entropy - args.target_entropy * num_dimensions
+    learner, more = update_temperature(learner, jnp.where(sample_size < 2, sample_size - 2, excess), args)
+    metrics |= more
+
+    # 3. Match: noisy points around resampled candidates, each with its exact denoiser as the target.
+    num_agents, _, batch_size = weights.shape
+    shape = (args.num_noise_draws, num_agents, batch_size)
+    chosen = jax.random.categorical(draw_key, jnp.log(weights), axis=1, shape=shape).swapaxes(0, 1)  # [N, R, B]
+    x_0 = jnp.take_along_axis(candidates, chosen[..., None], axis=1)
+    t = jax.random.randint(time_key, chosen.shape, 1, args.denoising_steps + 1)
+    alpha_bar = noise_schedule(args.denoising_steps)[t]  # [N, R, B]
+    signal_scale = jnp.sqrt(alpha_bar)[..., None]
+    noise_scale = jnp.sqrt(1 - alpha_bar)[..., None]
+    x_t = signal_scale * x_0 + noise_scale * jax.random.normal(noise_key, x_0.shape)
+    denoised = issm_target(x_t, alpha_bar, candidates, weights)
+    velocity = (signal_scale * x_t - denoised) / noise_scale
+    one_hot_t = one_hot(t, args.denoising_steps + 1).reshape(num_agents, -1, args.denoising_steps + 1)
+
+    def squared_error(policy: DiffusionPolicy) -> Array:
+        features = jnp.tile(policy.observation(obs), (1, args.num_noise_draws, 1))
+        prediction = policy(features + one_hot_t @ policy.time, x_t.reshape(num_agents, -1, ACTION_SIZE))
+        error = prediction.reshape(velocity.shape) - velocity
+        error = error * block[:, None, None]  # the other dimensions would learn from themselves
+        return masked_mean((error**2).mean((1, 3)), alive)
+
+    loss, gradient = jax.value_and_grad(squared_error)(learner.policy)
+    learner = learner.take_step("policy", args.actor_lr, gradient)
+    return learner, metrics | {
+        "losses/actor": loss,
+        "policy/effective_sample_size": sample_size.mean(),
+        "policy/entropy": (entropy / num_dimensions).mean(),
+    }
+
+
+def update_gaussian(
+    learner: Learner, state: Array, obs: Array, alive: Array, args: Args, key: Array
+) -> tuple[Learner, Metrics]:
+    """One step of every Gaussian down its KL to the energy-based policy, reparameterised, at state [B, S].
+
+    The policies see obs [N, B, O]. One pass over the joint action serves all agents: the gradient for agent i goes
+    through a_i alone.
+    """
+    temperature = jnp.exp(learner.log_temperature)
+
+    def divergence(policy: GaussianPolicy) -> tuple[Array, Array]:
+        actions, log_prob = policy.rsample(key, obs)
+        q = learner.critic(state, actions * alive[..., None])[0]
+        return ((temperature[:, None] * log_prob * alive).sum(0) - q).mean(), log_prob
+
+    (loss, log_prob), gradient = jax.value_and_grad(divergence, has_aux=True)(learner.policy)
+    learner = learner.take_step("policy", args.actor_lr, gradient)
+    entropy = masked_mean(-log_prob, alive, axis=1)
+    learner, metrics = update_temperature(learner, entropy - args.target_entropy * ACTION_SIZE, args)
+    return learner, metrics | {"losses/actor": loss, "policy/entropy": (entropy / ACTION_SIZE).mean()}
+
+
+def update_temperature(learner: Learner, excess: Array, args: Args) -> tuple[Learner, Metrics]:
+    """Lower the temperature of an agent whose entropy exceeds its target, by excess [N]; raise it where that is < 0."""
+    learner = learner.take_step("log_temperature", args.temperature_lr, excess)
+    return learner, {"policy/temperature": jnp.exp(learner.log_temperature).mean()}
+
+
+def masked_mean(values: Array, mask: Array, axis: int | None = None) -> Array:
+    """Mean of values where the mask of the same shape is 1; 0 where it is 1 nowhere."""
+    return (values * mask).sum(axis) / mask.sum(axis).clip(1)
+
+
+# -------------------------------------------------------------------------------------------------- replay buffer
+
+
+class Batch(NamedTuple):
+    """Transitions, agents first: observations [N, B, O], actions [N, B, D], reward, terminated [B], states [B, S].
+
+    In the replay buffer a transition is one flat row, so that drawing one is reading one piece of memory. `next_obs` is
+    the true next observation, also where a battle was cut off.
+    """
+
+    obs: Array
+    actions: Array
+    reward: Array
+    terminated: Array
+    next_obs: Array
+    state: Array
+    next_state: Array
+
+
+def flat(transitions: Batch) -> Array:
+    """Rows [B, W] of transitions whose fields are [B, ...]."""
+    return jax.vmap(lambda one: ravel_pytree(one)[0])(transitions)
+
+
+def sample_batch(key: Array, buffer: Array, size: Array, batch_size: int, shapes: Batch) -> Batch:
+    """A batch drawn uniformly with replacement from the first `size` rows, agents first where there are agents."""
+    rows = buffer[jax.random.randint(key, (batch_size,), 0, size)]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    columns = (x.reshape(batch_size, *shape) for x, shape in zip(jnp.split(rows, ends, axis=1), shapes))
+    return Batch(*(x.swapaxes(0, 1) if x.ndim > 2 else x for x in columns))
 
 
 # ---------------------------------------------------------------------------------------------------- environment
@@ -223,477 +790,19 @@ def step(env: HeuristicEnemySMAX, key: Array, env_state: Any, actions: Array) ->
     unit_actions = dict(zip(env.agents, actions.clip(-1, 1) / 2 + 0.5))
     observations, after, rewards, dones, _ = env.step_env(step_key, env_state, unit_actions)
     obs, state = arrays(env, observations)
-    alive = after.state.unit_alive
-    allies, enemies = alive[: env.num_agents].any(), alive[env.num_agents :].any()
-    ended, dead = dones["__all__"], env.num_agents - alive[: env.num_agents].sum()
-    result = Step(obs, state, rewards[env.agents[0]], ~allies | ~enemies, ended, allies & ~enemies, dead)
-    going_on = jax.tree.map(partial(jnp.where, ended), reset(env, reset_key), (after, obs, state))
+    allies = after.state.unit_alive[: env.num_agents]
+    enemies = after.state.unit_alive[env.num_agents :]
+    result = Step(
+        obs,
+        state,
+        reward=rewards[env.agents[0]],
+        terminated=~allies.any() | ~enemies.any(),
+        ended=dones["__all__"],
+        won=allies.any() & ~enemies.any(),
+        dead_allies=env.num_agents - allies.sum(),
+    )
+    going_on = jax.tree.map(partial(jnp.where, result.ended), reset(env, reset_key), (after, obs, state))
     return result, *going_on
-
-
-# ------------------------------------------------------------------------------------------------------- networks
-
-
-def stacked_weight(key: Array, stack: int, in_features: int, out_features: int) -> Array:
-    """`stack` weight matrices [S, in, out], one per agent or critic, each started as torch.nn.Linear starts its own."""
-    bound = in_features**-0.5
-    return jax.random.uniform(key, (stack, in_features, out_features), minval=-bound, maxval=bound)
-
-
-class StackedLinear(NamedTuple):
-    """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]."""
-
-    weight: Array
-    bias: Array
-
-    @classmethod
-    def create(cls, key: Array, stack: int, in_features: int, out_features: int) -> "StackedLinear":
-        return cls(stacked_weight(key, stack, in_features, out_features), jnp.zeros((stack, 1, out_features)))
-
-    def __call__(self, x: Array) -> Array:
-        return x @ self.weight + self.bias
-
-
-class DiffusionPolicy(NamedTuple):
-    """N denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent."""
-
-    observation: StackedLinear
-    step: Array  # [N, T + 1, H]
-    noisy_action: Array
-    hidden: StackedLinear
-    velocity: StackedLinear
-
-    @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int) -> "DiffusionPolicy":
-        keys, hidden = jax.random.split(key, 4), args.actor_hidden
-        return cls(
-            StackedLinear.create(keys[0], num_agents, obs_size, hidden),
-            0.3 * jax.random.normal(keys[1], (num_agents, args.denoising_steps + 1, hidden)),
-            stacked_weight(keys[2], num_agents, ACTION_SIZE, hidden),
-            StackedLinear.create(keys[3], num_agents, hidden, hidden),
-            StackedLinear(jnp.zeros((num_agents, hidden, ACTION_SIZE)), jnp.zeros((num_agents, 1, ACTION_SIZE))),
-        )
-
-    def __call__(self, context: Array, x_t: Array) -> Array:
-        """v [N, B, D] of noisy actions [N, B, D]; context [N, B, H] is the first layer's sum over (observation, t)."""
-        return self.velocity(silu(self.hidden(silu(context + x_t @ self.noisy_action))))
-
-    def sample(self, key: Array, obs: Array, deterministic: Array | bool = False) -> Array:
-        """Actions [N, B, D] in [-1, 1] for observations [N, B, O], by ancestral sampling.
-
-        Deterministic: from x_T = 0 and without noise.
-        """
-        num_steps = self.step.shape[1] - 1
-        alphas_bar, features = noise_schedule(num_steps), self.observation(obs)
-        noise = jax.random.normal(key, (num_steps, *obs.shape[:2], ACTION_SIZE)) * jnp.where(deterministic, 0, 1)
-
-        def denoise(x_t: Array, t_and_noise: tuple[Array, Array]) -> tuple[Array, None]:
-            t, fresh = t_and_noise
-            mean, std = denoise_step(x_t, self(features + self.step[:, t, None], x_t), t, alphas_bar)
-            return mean + std * fresh, None
-
-        fresh = jnp.concatenate([noise[1:], jnp.zeros_like(noise[:1])])  # the last step adds none
-        return lax.scan(denoise, noise[0], (jnp.arange(num_steps, 0, -1), fresh))[0]
-
-
-class GaussianPolicy(NamedTuple):
-    """N tanh-Gaussian policies of the same size as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
-
-    observation: StackedLinear
-    hidden: StackedLinear
-    mean_and_log_std: StackedLinear
-
-    @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int) -> "GaussianPolicy":
-        sizes = (obs_size, args.actor_hidden, args.actor_hidden, 2 * ACTION_SIZE)
-        layers = zip(jax.random.split(key, 3), sizes, sizes[1:])
-        return cls(*(StackedLinear.create(k, num_agents, i, o) for k, i, o in layers))
-
-    def __call__(self, obs: Array) -> tuple[Array, Array]:
-        """Mean and log standard deviation [N, B, D] before the tanh."""
-        hidden = silu(self.hidden(silu(self.observation(obs))))
-        mean, log_std = jnp.split(self.mean_and_log_std(hidden), 2, axis=-1)
-        return mean, -5 + 3.5 * (jnp.tanh(log_std) + 1)  # in [-5, 2], the bounds of CleanRL's SAC
-
-    def rsample(self, key: Array, obs: Array) -> tuple[Array, Array]:
-        """Reparameterised actions [N, B, D] and their log-density [N, B]."""
-        mean, log_std = self(obs)
-        noise = jax.random.normal(key, mean.shape)
-        u = mean + jnp.exp(log_std) * noise
-        log_det = 2 * (math.log(2) - u - softplus(-2 * u))  # log(1 - tanh(u)^2), without cancellation
-        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - log_det
-        return jnp.tanh(u), log_prob.sum(-1)
-
-    def sample(self, key: Array, obs: Array, deterministic: Array | bool = False) -> Array:
-        """Actions [N, B, D] in [-1, 1] for observations [N, B, O]. Deterministic: tanh of the mean."""
-        return jnp.where(deterministic, jnp.tanh(self(obs)[0]), self.rsample(key, obs)[0])
-
-
-class TwinCritic(NamedTuple):
-    """Two centralised critics Q(s, a_1..a_N) of the team reward."""
-
-    state: StackedLinear
-    actions: Array
-    hidden: StackedLinear
-    value: StackedLinear
-
-    @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, state_size: int) -> "TwinCritic":
-        keys, hidden = jax.random.split(key, 4), args.critic_hidden
-        return cls(
-            StackedLinear.create(keys[0], 2, state_size, hidden),
-            stacked_weight(keys[1], 2, num_agents * ACTION_SIZE, hidden),
-            StackedLinear.create(keys[2], 2, hidden, hidden),
-            StackedLinear.create(keys[3], 2, hidden, 1),
-        )
-
-    def __call__(self, state: Array, actions: Array) -> Array:
-        """Values [2, B] of states [B, S] and joint actions [N, B, D]."""
-        hidden = relu(self.state(state) + joint(actions) @ self.actions)
-        return self.value(relu(self.hidden(hidden)))[..., 0]
-
-    def score(self, state: Array, actions: Array, candidates: Array) -> Array:
-        """Q1 [N, M, B] at states [B, S] where agent i plays each of its candidates [N, M, B, D].
-
-        The others play their actions [N, B, D]. The candidates of a state share the first layer but for the agent's own
-        action, so it costs next to nothing.
-        """
-        first = StackedLinear(*(leaf[0] for leaf in self.state))
-        second, last = (StackedLinear(layer.weight[0], layer.bias[0]) for layer in (self.hidden, self.value))
-        own = self.actions[0].reshape(len(actions), ACTION_SIZE, -1)  # the columns of each agent's own action
-        shared = first(state) + joint(actions) @ self.actions[0] - actions @ own  # [N, B, H]
-        hidden = relu(shared[:, None] + candidates @ own[:, None])
-        return last(relu(second(hidden)))[..., 0]
-
-
-def joint(actions: Array) -> Array:
-    """Joint actions [B, N * D] of the agents' actions [N, B, D]."""
-    return actions.transpose(1, 0, 2).reshape(actions.shape[1], -1)
-
-
-class LocalCritic(NamedTuple):
-    """One critic Q_i(o_i, a_i) per agent: the central Q, averaged over all that agent i neither sees nor decides.
-
-    The energy of DDPL's policies. A softmax of the central Q itself would be averaged by the denoiser: a mean of
-    softmaxes, broader than the softmax of the mean wherever Q depends on what agent i cannot know.
-    """
-
-    observation: StackedLinear
-    action: Array
-    hidden: StackedLinear
-    value: StackedLinear
-
-    @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int) -> "LocalCritic":
-        keys, hidden = jax.random.split(key, 4), args.local_critic_hidden
-        return cls(
-            StackedLinear.create(keys[0], num_agents, obs_size, hidden),
-            stacked_weight(keys[1], num_agents, ACTION_SIZE, hidden),
-            StackedLinear.create(keys[2], num_agents, hidden, hidden),
-            StackedLinear.create(keys[3], num_agents, hidden, 1),
-        )
-
-    def __call__(self, obs: Array, candidates: Array) -> Array:
-        """Values [N, M, B], up to a constant per observation, of candidates [N, M, B, D] at observations [N, B, O]."""
-        rows = candidates.reshape(len(candidates), -1, ACTION_SIZE)
-        hidden = (rows @ self.action).reshape(*candidates.shape[:3], -1) + self.observation(obs)[:, None]
-        hidden = relu(hidden).reshape(*rows.shape[:2], -1)
-        return self.value(relu(self.hidden(hidden))).reshape(candidates.shape[:3])
-
-
-# -------------------------------------------------------------------------------------------------- replay buffer
-
-
-class Batch(NamedTuple):
-    """Transitions, agents first: observations [N, B, O], actions [N, B, D], reward, terminated [B], states [B, S].
-
-    In the replay buffer a transition is one flat row, so that drawing one is reading one piece of memory. `next_obs` is
-    the true next observation, also where a battle was cut off.
-    """
-
-    obs: Array
-    actions: Array
-    reward: Array
-    terminated: Array
-    next_obs: Array
-    state: Array
-    next_state: Array
-
-
-def flat(transitions: Batch) -> Array:
-    """Rows [B, W] of transitions whose fields are [B, ...]."""
-    return jax.vmap(lambda one: ravel_pytree(one)[0])(transitions)
-
-
-def sample_batch(key: Array, buffer: Array, size: Array, batch_size: int, shapes: Batch) -> Batch:
-    """A batch drawn uniformly with replacement from the first `size` rows, agents first where there are agents."""
-    rows = buffer[jax.random.randint(key, (batch_size,), 0, size)]
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    columns = (x.reshape(batch_size, *shape) for x, shape in zip(jnp.split(rows, ends, axis=1), shapes))
-    return Batch(*(x.swapaxes(0, 1) if x.ndim > 2 else x for x in columns))
-
-
-# --------------------------------------------------------------------------------- diffusion and ISSM: pure functions
-
-
-def noise_schedule(num_steps: int, log_snr_max: float = 7.0, log_snr_min: float = -5.0) -> Array:
-    """alphas_bar [T+1], the share of signal variance left after t steps: sigmoid of a log-SNR linear in t; [0] is 1."""
-    return jnp.concatenate([jnp.ones(1), sigmoid(jnp.linspace(log_snr_max, log_snr_min, num_steps))])
-
-
-def denoise_step(x_t: Array, v: Array, t: Array | int, alphas_bar: Array) -> tuple[Array, Array]:
-    """Mean [..., D] and standard deviation [] of x_{t-1} given x_t and the predicted v (DDPM, eq. 6-7).
-
-    The implied x_0 is clipped to [-1, 1]. At t = 1 the mean is x_0 and the deviation 0.
-    """
-    signal, previous = alphas_bar[t], alphas_bar[t - 1]
-    alpha = signal / previous
-    x_0 = (jnp.sqrt(signal) * x_t - jnp.sqrt(1 - signal) * v).clip(-1, 1)
-    mean = (jnp.sqrt(previous) * (1 - alpha) * x_0 + jnp.sqrt(alpha) * (1 - previous) * x_t) / (1 - signal)
-    return mean, jnp.sqrt((1 - alpha) * (1 - previous) / (1 - signal))
-
-
-def propose_actions(
-    key: Array,
-    anchor: Array,
-    drift: Array,
-    sigmas: Array,
-    num_uniform: int,
-    num_per_kernel: int,
-    mask: Array | None = None,
-) -> tuple[Array, Array]:
-    """Candidates [N, M, B, D] in [-1, 1] and their log-density [N, M, B] under the mixture that proposed them.
-
-    The mixture: `num_uniform` uniform on the box, and for each of the J widths in `sigmas` [J] `num_per_kernel` from a
-    Gaussian around anchor [N, B, D] + drift [J, N, B, D], reflected at the faces of the box. Every candidate is scored
-    under the whole mixture (the balance heuristic, Veach and Guibas 1995). M = num_uniform + J * num_per_kernel.
-    mask [N, D] marks real dimensions; the others stay 0 and add nothing to the density.
-    """
-    num_agents, batch_size, size = anchor.shape
-    mask = jnp.ones((num_agents, 1, 1, size)) if mask is None else mask[:, None, None]
-    width = sigmas.reshape(-1, 1, 1, 1, 1)
-    centre = (anchor + drift).clip(-1, 1)[:, :, None]  # [J, N, 1, B, D]
-
-    uniform_key, noise_key = jax.random.split(key)
-    uniform = 2 * jax.random.uniform(uniform_key, (num_agents, num_uniform, batch_size, size)) - 1
-    noise = jax.random.normal(noise_key, (len(sigmas), num_agents, num_per_kernel, batch_size, size))
-    kernel = centre + width * noise
-    kernel = kernel - 2 * relu(kernel - 1) - 2 * jnp.minimum(kernel + 1, 0)  # beyond a face: mirrored back
-    kernel = kernel.clip(-1, 1).swapaxes(0, 1).reshape(num_agents, -1, batch_size, size)
-    candidates = jnp.concatenate([uniform, kernel], axis=1) * mask
-
-    # A reflected kernel's density sums its images in the two faces.
-    images = jnp.stack([centre, 2 - centre, -2 - centre])
-    log_images = -0.5 * ((candidates - images) / width) ** 2 - jnp.log(width * math.sqrt(2 * math.pi))
-    log_kernels = (logsumexp(log_images, axis=0) * mask).sum(-1)  # [J, N, M, B]
-    log_uniform = jnp.broadcast_to(-math.log(2) * mask.sum(-1), (1, *log_kernels.shape[1:]))
-    counts = jnp.array([num_uniform] + [num_per_kernel] * len(sigmas))
-    log_shares = jnp.log(counts / counts.sum()).reshape(-1, 1, 1, 1)
-    return candidates, logsumexp(jnp.concatenate([log_uniform, log_kernels]) + log_shares, axis=0)
-
-
-def random_blocks(key: Array, mask: Array, block_size: int) -> Array:
-    """[N, D] float: 1 for `block_size` random dimensions of each agent among those that mask [N, D] marks (or all)."""
-    rank = (-mask - jax.random.uniform(key, mask.shape)).argsort(-1).argsort(-1)
-    return mask * (rank < block_size)
-
-
-def issm_weights(q: Array, log_q: Array, temperature: Array) -> tuple[Array, Array, Array]:
-    """Self-normalised importance weights [N, M, B] of candidates for the energy-based policy exp(q / temperature) / Z.
-
-    q [N, M, B] is the energy and log_q [N, M, B] the candidates' log-density, temperature is [N].
-    Also returns the estimates [N, B] of log Z and of the policy's entropy, log Z - E[q / temperature], in nats.
-    """
-    energy = (q - q.max(1, keepdims=True)) / temperature[:, None, None]  # differences survive a low temperature
-    log_weights = energy - log_q
-    weights = jax.nn.softmax(log_weights, axis=1)
-    log_z = logsumexp(log_weights, axis=1) - math.log(q.shape[1])
-    entropy = log_z - (weights * energy).sum(1)
-    return weights, log_z + q.max(1) / temperature[:, None], entropy
-
-
-def issm_target(x_t: Array, alpha_bar: Array, candidates: Array, weights: Array) -> Array:
-    """The exact denoiser E[a | x_t] [N, R, B, D] of the weighted candidates [N, M, B, D], weights [N, M, B].
-
-    x_t [N, R, B, D] is sqrt(alpha_bar) a + sqrt(1 - alpha_bar) noise, alpha_bar [N, R, B]. Every candidate counts, by
-    its weight times its likelihood of x_t, so that the choice of the one behind x_t adds no variance.
-    """
-    x_t, candidates = x_t.swapaxes(1, 2), candidates.swapaxes(1, 2)  # [N, B, R, D], [N, B, M, D]
-    signal = alpha_bar.swapaxes(1, 2)[..., None]  # [N, B, R, 1]
-    # -|x_t - sqrt(signal) a|^2 / 2 without the term in x_t alone, which the softmax over candidates cancels
-    fit = jnp.sqrt(signal) * (x_t @ candidates.mT) - 0.5 * signal * (candidates**2).sum(-1)[:, :, None]
-    posterior = jax.nn.softmax(jnp.log(weights).swapaxes(1, 2)[:, :, None] + fit / (1 - signal), axis=-1)
-    return (posterior @ candidates).swapaxes(1, 2)
-
-
-# -------------------------------------------------------------------------------------------------------- learner
-
-
-class Learner(NamedTuple):
-    """What training changes: policies, critics, temperatures and the states of their optimisers."""
-
-    policy: DiffusionPolicy | GaussianPolicy
-    critic: TwinCritic
-    target_critic: TwinCritic
-    local_critic: LocalCritic | None
-    log_temperature: Array
-    optimizers: dict[str, Any]
-
-    @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int, state_size: int) -> "Learner":
-        keys, diffusion = jax.random.split(key, 3), args.policy == "diffusion"
-        policy = (DiffusionPolicy if diffusion else GaussianPolicy).create(keys[0], args, num_agents, obs_size)
-        critic = TwinCritic.create(keys[1], args, num_agents, state_size)
-        local_critic = LocalCritic.create(keys[2], args, num_agents, obs_size) if diffusion else None
-        log_temperature = jnp.full(num_agents, math.log(args.init_temperature))
-        learned = {"policy": policy, "critic": critic, "local_critic": local_critic, "log_temperature": log_temperature}
-        optimizers = {name: optax.adam(0.0).init(value) for name, value in learned.items()}
-        return cls(target_critic=critic, optimizers=optimizers, **learned)
-
-    def take_step(self, name: str, learning_rate: float, gradient: Any) -> "Learner":
-        """One Adam step of the field `name` down its gradient."""
-        changes, state = optax.adam(learning_rate).update(gradient, self.optimizers[name])
-        value = optax.apply_updates(getattr(self, name), changes)
-        return self._replace(**{name: value}, optimizers=self.optimizers | {name: state})
-
-
-Metrics = dict[str, Array]
-
-
-def update(
-    learner: Learner, batch: Batch, alive: Array, next_alive: Array, args: Args, key: Array
-) -> tuple[Learner, Metrics]:
-    """One update of critics, policies and temperatures; returns metrics, each an array [].
-
-    alive and next_alive [N, B] mark the living: the dead do nothing and learn nothing. The policies learn at the next
-    observations: there the critic's target has just drawn their actions, which serve again as the centres of the
-    proposals and as the other agents' actions a_-i.
-    """
-    sample_key, policy_key = jax.random.split(key)
-    next_actions = learner.policy.sample(sample_key, batch.next_obs) * next_alive[..., None]
-    learner, metrics = update_critic(learner, batch, next_actions, args)
-    if isinstance(learner.policy, GaussianPolicy):
-        at = batch.next_state, batch.next_obs, next_alive
-        learner, more = update_gaussian(learner, *at, args, policy_key)
-    else:
-        rows = slice(args.actor_batch_size)
-        at = batch.next_state[rows], batch.next_obs[:, rows], next_actions[:, rows], next_alive[:, rows]
-        learner, more = update_diffusion(learner, *at, args, policy_key)
-    return learner, metrics | more
-
-
-def update_critic(learner: Learner, batch: Batch, next_actions: Array, args: Args) -> tuple[Learner, Metrics]:
-    """Move both critics to r + gamma (1 - terminated) min_k Q'_k(s', a'); a truncated episode bootstraps."""
-    next_value = learner.target_critic(batch.next_state, next_actions).min(0)
-    target = batch.reward + args.gamma * (1 - batch.terminated) * next_value
-
-    def squared_error(critic: TwinCritic) -> tuple[Array, Array]:
-        q = critic(batch.state, batch.actions)
-        return ((q - target) ** 2).mean(1).sum(), q
-
-    (loss, q), gradient = jax.value_and_grad(squared_error, has_aux=True)(learner.critic)
-    learner = learner.take_step("critic", args.critic_lr, gradient)
-    target_critic = optax.incremental_update(learner.critic, learner.target_critic, args.tau)
-    return learner._replace(target_critic=target_critic), {"losses/critic": loss, "losses/q": q.mean()}
-
-
-def update_local_critic(
-    learner: Learner, state: Array, obs: Array, actions: Array, alive: Array, candidates: Array, args: Args
-) -> tuple[Learner, Array, Metrics]:
-    """Move each Q_i(o_i, a_i) to the central Q at candidates [N, M, B, D], where the others play actions [N, B, D].
-
-    Only the differences between the candidates of a state count, since the policy depends on nothing else: what the
-    rest of the state adds to all of them alike would be noise. Returns Q_i [N, M, B] there, from before the step.
-    """
-    q = learner.critic.score(state, actions, candidates)
-
-    def variance(local_critic: LocalCritic) -> tuple[Array, Array]:
-        local_q = local_critic(obs, candidates)
-        return masked_mean((local_q - q).var(1, ddof=1), alive), local_q
-
-    (loss, local_q), gradient = jax.value_and_grad(variance, has_aux=True)(learner.local_critic)
-    learner = learner.take_step("local_critic", args.actor_lr, gradient)
-    return learner, local_q, {"losses/local_critic": loss}
-
-
-def update_diffusion(
-    learner: Learner, state: Array, obs: Array, actions: Array, alive: Array, args: Args, key: Array
-) -> tuple[Learner, Metrics]:
-    """One ISSM step of every agent's denoiser, at state [B, S], obs [N, B, O] and the policies' actions [N, B, D]."""
-    block_key, propose_key, draw_key, time_key, noise_key = jax.random.split(key, 5)
-
-    # 1. Propose, a block of dimensions around the policy's own action.
-    block = random_blocks(block_key, jnp.ones((len(obs), ACTION_SIZE)), args.block_size)
-    sigmas, no_drift = jnp.array(args.sigmas), jnp.zeros((len(args.sigmas), 1, 1, 1))
-    counts = args.num_uniform, args.num_per_kernel
-    candidates, log_q = propose_actions(propose_key, actions, no_drift, sigmas, *counts, block)
-    candidates = candidates + (actions * (1 - block[:, None]))[:, None]
-
-    # 2. Weigh. Where fewer than two candidates count, the entropy estimate stops falling with the temperature, so there
-    # the temperature rises whatever the estimate says.
-    learner, q, metrics = update_local_critic(learner, state, obs, actions, alive, candidates, args)
-    weights, _, entropy = issm_weights(q, log_q, jnp.exp(learner.log_temperature))
-    sample_size = masked_mean(1 / (weights**2).sum(1), alive, axis=1)  # [N]
-    entropy = masked_mean(entropy, alive, axis=1)
-    excess = entropy - args.target_entropy * block.sum(-1)
-    learner, more = update_temperature(learner, jnp.where(sample_size < 2, sample_size - 2, excess), args)
-
-    # 3. Match: noisy points around resampled candidates, each with its exact denoiser as the target.
-    num_agents, _, batch_size = weights.shape
-    shape = (args.num_noise_draws, num_agents, batch_size)
-    draws = jax.random.categorical(draw_key, jnp.log(weights), axis=1, shape=shape).swapaxes(0, 1)  # [N, R, B]
-    x_0 = jnp.take_along_axis(candidates, draws[..., None], axis=1)
-    t = jax.random.randint(time_key, draws.shape, 1, args.denoising_steps + 1)
-    alpha_bar = noise_schedule(args.denoising_steps)[t]
-    signal, noise = jnp.sqrt(alpha_bar)[..., None], jnp.sqrt(1 - alpha_bar)[..., None]
-    x_t = signal * x_0 + noise * jax.random.normal(noise_key, x_0.shape)
-    velocity = (signal * x_t - issm_target(x_t, alpha_bar, candidates, weights)) / noise
-    step = jax.nn.one_hot(t, args.denoising_steps + 1).reshape(num_agents, -1, args.denoising_steps + 1)
-
-    def squared_error(policy: DiffusionPolicy) -> Array:
-        features = jnp.tile(policy.observation(obs), (1, args.num_noise_draws, 1))
-        prediction = policy(features + step @ policy.step, x_t.reshape(num_agents, -1, ACTION_SIZE))
-        error = prediction.reshape(velocity.shape) - velocity
-        error = error * block[:, None, None]  # the other dimensions would learn from themselves
-        return masked_mean((error**2).mean((1, 3)), alive)
-
-    loss, gradient = jax.value_and_grad(squared_error)(learner.policy)
-    learner = learner.take_step("policy", args.actor_lr, gradient)
-    metrics |= more | {"losses/actor": loss, "policy/effective_sample_size": sample_size.mean()}
-    return learner, metrics | {"policy/entropy": (entropy / block.sum(-1)).mean()}
-
-
-def update_gaussian(
-    learner: Learner, state: Array, obs: Array, alive: Array, args: Args, key: Array
-) -> tuple[Learner, Metrics]:
-    """One step of every Gaussian down its KL to the energy-based policy, reparameterised, at state [B, S].
-
-    The policies see obs [N, B, O]. One pass over the joint action serves all agents: the gradient for agent i goes
-    through a_i alone.
-    """
-    temperature = jnp.exp(learner.log_temperature)
-
-    def divergence(policy: GaussianPolicy) -> tuple[Array, Array]:
-        actions, log_prob = policy.rsample(key, obs)
-        q = learner.critic(state, actions * alive[..., None])[0]
-        return ((temperature[:, None] * log_prob * alive).sum(0) - q).mean(), log_prob
-
-    (loss, log_prob), gradient = jax.value_and_grad(divergence, has_aux=True)(learner.policy)
-    learner = learner.take_step("policy", args.actor_lr, gradient)
-    entropy = masked_mean(-log_prob, alive, axis=1)
-    learner, metrics = update_temperature(learner, entropy - args.target_entropy * ACTION_SIZE, args)
-    return learner, metrics | {"losses/actor": loss, "policy/entropy": (entropy / ACTION_SIZE).mean()}
-
-
-def update_temperature(learner: Learner, excess: Array, args: Args) -> tuple[Learner, Metrics]:
-    """Lower the temperature of an agent whose entropy exceeds its target, by excess [N]; raise it where that is < 0."""
-    learner = learner.take_step("log_temperature", args.temperature_lr, excess)
-    return learner, {"policy/temperature": jnp.exp(learner.log_temperature).mean()}
-
-
-def masked_mean(values: Array, mask: Array, axis: int | None = None) -> Array:
-    """Mean of values where the mask of the same shape is 1; 0 where it is 1 nowhere."""
-    return (values * mask).sum(axis) / mask.sum(axis).clip(1)
 
 
 # ------------------------------------------------------------------------------------------ the compiled program
@@ -727,8 +836,8 @@ def begin(env: HeuristicEnemySMAX, args: Args, seed: Array) -> Training:
     learner = Learner.create(learner_key, args, *shapes.obs, *shapes.state)
     capacity = min(args.buffer_size, args.total_timesteps + args.log_interval) // args.num_envs * args.num_envs
     buffer = jnp.zeros((capacity, sum(math.prod(shape) for shape in shapes)))
-    zeros = jnp.zeros(args.num_envs)
-    training = Training(learner, env_state, obs, state, zeros, zeros, buffer, key)
+    returns = lengths = jnp.zeros(args.num_envs)
+    training = Training(learner, env_state, obs, state, returns, lengths, buffer, key)
     return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), training)  # not weakly typed, else all compiles twice
 
 
@@ -744,8 +853,9 @@ def play_and_learn(
     env: HeuristicEnemySMAX, args: Args, learning: bool, training: Training, index: Array
 ) -> tuple[Training, Metrics]:
     """Step number `index` of every battle, and the updates that are due."""
-    # Act: at random, before learning has started.
     key, act_key, step_key, learn_key = jax.random.split(training.key, 4)
+
+    # Act: at random, before learning has started.
     if learning:
         actions = act(training.learner, env, act_key, training.obs)
     else:
@@ -759,14 +869,16 @@ def play_and_learn(
     rows = flat(transitions._replace(terminated=after.terminated.astype(jnp.float32)))
     first = index * args.num_envs % len(training.buffer)
     buffer = lax.dynamic_update_slice(training.buffer, rows, (first, 0))
-    returns, lengths = training.returns + after.reward, training.lengths + 1
+    returns = training.returns + after.reward
+    lengths = training.lengths + 1
     ended = after.ended.astype(jnp.float32)
     numbers = dict(zip(BATTLE, (returns, after.won, lengths, after.dead_allies)))
     metrics = {"battles": ended.sum()} | {name: (ended * value).sum() for name, value in numbers.items()}
 
     # Learn.
-    learner, shapes = training.learner, batch_shapes(env)
+    learner = training.learner
     if learning:
+        shapes = batch_shapes(env)
         size = jnp.minimum((index + 1) * args.num_envs, len(buffer))
 
         def learn(learner: Learner, key: Array) -> tuple[Learner, Metrics]:
@@ -777,8 +889,9 @@ def play_and_learn(
         keys = jax.random.split(learn_key, args.num_envs // args.steps_per_update)
         learner, more = lax.scan(learn, learner, keys)
         metrics |= jax.tree.map(jnp.mean, more)
-    going_on = (1 - ended) * returns, (1 - ended) * lengths
-    return Training(learner, env_state, obs, state, *going_on, buffer, key), metrics
+    returns = (1 - ended) * returns
+    lengths = (1 - ended) * lengths
+    return Training(learner, env_state, obs, state, returns, lengths, buffer, key), metrics
 
 
 def run_chunk(
@@ -790,6 +903,46 @@ def run_chunk(
     battles, *sums = (metrics.pop(name).sum() for name in ("battles", *BATTLE))
     averages = jax.tree.map(jnp.mean, metrics)
     return training, averages | {f"{name}/training": total / battles for name, total in zip(BATTLE, sums)}
+
+
+def choose_devices(device: str) -> list[jax.Device]:
+    """The devices that --device names; auto is JAX's own choice, CUDA if there is one."""
+    return jax.devices(None if device == "auto" else device)
+
+
+def mesh_of_seeds(num_seeds: int, device: str = "auto") -> Mesh:
+    """As many of the devices as can share the seeds equally."""
+    devices = choose_devices(device)
+    return Mesh(devices[: math.gcd(num_seeds, len(devices))], ("seeds",))
+
+
+def compiled(function: Callable, num_seeds: int, device: str = "auto", donate: bool = False) -> Callable:
+    """A function of (what has a leading axis of seeds, what all seeds share), for all seeds at once.
+
+    It is compiled when first called. With several devices, each takes its share of the seeds.
+    """
+    over_seeds, for_all = PartitionSpec("seeds"), PartitionSpec()
+    program = jax.shard_map(
+        jax.vmap(function, in_axes=(0, None)),
+        mesh=mesh_of_seeds(num_seeds, device),
+        in_specs=(over_seeds, for_all),
+        out_specs=over_seeds,
+        check_vma=False,
+    )
+    return jax.jit(program, donate_argnums=(0,) if donate else ())
+
+
+def begin_seeds(env: HeuristicEnemySMAX, args: Args) -> Training:
+    """The start of the runs of all seeds, each on the device that has its share of them."""
+    seeds = np.arange(args.seed, args.seed + args.num_seeds, dtype=np.uint32)
+    return jax.jit(jax.vmap(partial(begin, env, args)), out_shardings=sharding_of_seeds(args))(seeds)
+
+
+def sharding_of_seeds(args: Args) -> NamedSharding:
+    return NamedSharding(mesh_of_seeds(args.num_seeds, args.device), PartitionSpec("seeds"))
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
 
 
 def evaluate(
@@ -809,7 +962,7 @@ def evaluate(
         actions = act(learner, env, act_key, obs, deterministic)
         after, *going_on = jax.vmap(partial(step, env))(jax.random.split(step_key, episodes), env_state, actions)
         last = playing * after.ended
-        gains = after.reward, last * after.won, 1, last * after.dead_allies
+        gains = after.reward, last * after.won, 1, last * after.dead_allies  # in the order of BATTLE
         totals = tuple(total + playing * gain for total, gain in zip(totals, gains))
         return (tuple(going_on), playing * (1 - after.ended), totals), None
 
@@ -819,30 +972,9 @@ def evaluate(
     return dict(zip(BATTLE, totals))
 
 
-def mesh_of_seeds(num_seeds: int) -> Mesh:
-    """As many of the devices as can share the seeds equally."""
-    return Mesh(jax.devices()[: math.gcd(num_seeds, len(jax.devices()))], ("seeds",))
-
-
-def compiled(function: Any, num_seeds: int, donate: bool = False) -> Any:
-    """A function of (what has a leading axis of seeds, what all seeds share), for all seeds at once.
-
-    It is compiled when first called. With several devices, each takes its share of the seeds.
-    """
-    over_seeds, for_all = PartitionSpec("seeds"), PartitionSpec()
-    program = jax.shard_map(
-        jax.vmap(function, in_axes=(0, None)),
-        mesh=mesh_of_seeds(num_seeds),
-        in_specs=(over_seeds, for_all),
-        out_specs=over_seeds,
-        check_vma=False,
-    )
-    return jax.jit(program, donate_argnums=(0,) if donate else ())
-
-
-def evaluator(env: HeuristicEnemySMAX, args: Args) -> Any:
+def evaluator(env: HeuristicEnemySMAX, args: Args) -> Callable[[Learner, int, bool, int], dict[str, np.ndarray]]:
     """A function of (learner, number of battles, deterministic?, seed) that is compiled only once."""
-    play = compiled(partial(evaluate, env, args.eval_episodes), args.num_seeds)
+    play = compiled(partial(evaluate, env, args.eval_episodes), args.num_seeds, args.device)
 
     def evaluate_seeds(learner: Learner, episodes: int, deterministic: bool, seed: int) -> dict[str, np.ndarray]:
         """What evaluate returns, each [seeds, episodes]."""
@@ -863,12 +995,14 @@ def write_video(env: HeuristicEnemySMAX, learner: Learner, deterministic: bool, 
 
     reset_key, key = jax.random.split(key)
     env_state, obs, _ = reset(env, reset_key)
-    play, moves, ended = jax.jit(partial(step, env)), [], False
+    play_step = jax.jit(partial(step, env))
+    moves = []
+    ended = False
     while not ended:
         key, act_key, step_key = jax.random.split(key, 3)
         actions = act(learner, env, act_key, obs[None], deterministic)[0]
         moves.append((step_key, env_state, dict(zip(env.agents, actions.clip(-1, 1) / 2 + 0.5))))
-        after, env_state, obs, _ = play(step_key, env_state, actions)
+        after, env_state, obs, _ = play_step(step_key, env_state, actions)
         ended = bool(after.ended)
     film = SMAXVisualizer(env, moves)
     film.expand_state_seq()
@@ -876,38 +1010,238 @@ def write_video(env: HeuristicEnemySMAX, learner: Learner, deterministic: bool, 
         film.animate(save_fname=str(path), view=False)
 
 
+# -------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    global_step: int = 0
+    seconds: float = 0.0
+    rows: list[dict[str, int | float | str]] = field(default_factory=list)  # of evaluations.csv
+
+
+def train(args: Args, given: Collection[str] = (), signals: Sequence[int] = ()) -> dict:
+    """Train one team per seed; returns a dict, also written to RUN_DIR/result.json.
+
+    Keys: run_dir; global_step; episodic_returns, the list of returns of the final deterministic evaluation, seed by
+    seed; final_return, their mean; win_rates, one per seed; env_steps_per_second, of all seeds together. Raises
+    RunError for bad arguments and for NaN.
+    `given` names arguments that count as asked for though they equal their defaults. When `signals` is no longer empty,
+    the run saves a checkpoint at the end of the chunk and raises Stopped.
+    """
+    with ExitStack() as held:
+        checkpoint = None
+        if args.resume is not None:
+            run_dir = existing_run("--resume", args.resume)
+            held.enter_context(locked(run_dir))
+            args, checkpoint = load_checkpoint("--resume", run_dir, args, given, free=("device",))
+        check_args(args)
+        env = make_env(args)
+        held.enter_context(jax.default_device(choose_devices(args.device)[0]))
+        progress = Progress()
+        if checkpoint:
+            training, progress = restore("--resume", run_dir, checkpoint, env, args)
+            training = jax.device_put(training, sharding_of_seeds(args))
+        else:
+            training = begin_seeds(env, args)
+            run_dir = create_run(args, args.map_name)
+            held.enter_context(locked(run_dir))
+        return training_loop(args, run_dir, env, training, progress, signals)
+
+
+def training_loop(
+    args: Args,
+    run_dir: Path,
+    env: HeuristicEnemySMAX,
+    training: Training,
+    progress: Progress,
+    signals: Sequence[int],
+) -> dict:
+    """Run chunks, log, evaluate and save, from where `progress` stands to the end."""
+    evaluate_seeds = evaluator(env, args)
+    chunks = {
+        learning: compiled(partial(run_chunk, env, args, learning), args.num_seeds, args.device, donate=True)
+        for learning in (False, True)
+    }
+    first_step = progress.global_step
+    started = time.monotonic()
+    writer = start_logging(args, run_dir, first_step)
+    bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", desc=args.map_name, mininterval=1)
+
+    def seconds() -> float:
+        return progress.seconds + time.monotonic() - started
+
+    def check_observations() -> None:
+        check_finite([("an observation", training.obs), ("a state", training.state)], progress.global_step)
+
+    def save() -> None:
+        check_observations()
+        filled = training._replace(buffer=training.buffer[:, : progress.global_step])
+        tensors = {name: np.asarray(tensor) for name, tensor in named_arrays(filled).items()}
+        check_transitions(tensors[".buffer"], progress.global_step, args.num_envs)
+        check_finite(tensors.items(), progress.global_step)
+        save_checkpoint(run_dir, args, replace(progress, seconds=seconds()), tensors)
+
+    def log_evaluation(episodes: int) -> dict[str, np.ndarray]:
+        for mode in ("stochastic", "deterministic"):
+            played = evaluate_seeds(training.learner, episodes, mode == "deterministic", progress.global_step)
+            time_taken = round(seconds(), 1)
+            for number in range(args.num_seeds):
+                mean, *others = (float(values[number].mean()) for values in played.values())
+                std = float(played["returns"][number].std())
+                row = progress.global_step, time_taken, mode, args.seed + number, mean, std, episodes, *others
+                progress.rows.append(dict(zip(EVALUATION_COLUMNS, row)))
+            for name, values in played.items():
+                writer.add_scalar(f"{name}/{mode}", values.mean(), progress.global_step)
+        write_evaluations(run_dir, progress.rows)
+        return played  # by the deterministic policies
+
+    def due(interval: int) -> bool:
+        return progress.global_step // interval > (progress.global_step - args.log_interval) // interval
+
+    while progress.global_step < args.total_timesteps:
+        if signals or due(args.checkpoint_interval):
+            save()
+        if signals:
+            bar.close()
+            raise Stopped(f"stopped at step {progress.global_step}; go on with --resume {run_dir}")
+
+        # Act, store and learn.
+        learning = progress.global_step >= args.learning_starts
+        training, metrics = chunks[learning](training, progress.global_step // args.num_envs)
+        progress.global_step += args.log_interval
+
+        # Log.
+        scalars = {name: float(np.mean(values)) for name, values in jax.device_get(metrics).items()}
+        check_observations()
+        learned = (item for item in scalars.items() if item[0].startswith(("losses", "policy")))
+        check_finite(learned, progress.global_step)
+        num_steps = args.num_seeds * (progress.global_step - first_step)
+        scalars["steps_per_second"] = num_steps / (time.monotonic() - started)
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, progress.global_step)
+        bar.update(args.log_interval)
+        mean_return, win_rate = scalars["returns/training"], scalars["win_rate/training"]
+        bar.set_postfix({"return": f"{mean_return:.2f}", "wins": f"{win_rate:.2f}"})
+        if due(args.eval_interval) and progress.global_step < args.total_timesteps:
+            log_evaluation(args.eval_episodes)
+
+    save()
+    env_steps_per_second = args.num_seeds * (progress.global_step - first_step) / (time.monotonic() - started)
+    played = log_evaluation(args.final_eval_episodes)
+    bar.close()
+    writer.close()
+    if args.capture_video:
+        first = jax.tree.map(lambda leaf: leaf[0], training.learner)
+        write_video(env, first, True, jax.random.PRNGKey(args.seed), run_dir / "final.gif")
+    result = {
+        "run_dir": str(run_dir),
+        "global_step": progress.global_step,
+        "final_return": float(played["returns"].mean()),
+        "episodic_returns": played["returns"].flatten().tolist(),
+        "win_rates": played["win_rate"].mean(1).tolist(),
+        "env_steps_per_second": env_steps_per_second,
+    }
+    versions = {package: version(package) for package in ("jax", "jaxmarl", "optax", "numpy")}
+    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
+    return result
+
+
 # ------------------------------------------------------------------------------------------------- files of a run
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the type that a field's annotation names; True and False are no numbers here."""
+    try:
+        check_type(value, annotation, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    return isinstance(value, bool) == (annotation is bool)
+
+
+def require(args: Args, name: str, valid: bool, choices: str) -> None:
+    """Raise RunError, naming the argument and what it must be, unless it is valid."""
+    if not valid:
+        raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)!r} is not valid; it must be {choices}")
+
+
+def check_types(args: Args, smallest: dict[str, int]) -> None:
+    """Raise RunError for the first argument of another type than its field, and for whole numbers out of bounds.
+
+    These lie from `smallest`, or 1 where it does not name them, to 4294967295.
+    """
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        valid = fits(value, argument.type)
+        require(args, argument.name, valid, f"of type {formatannotation(argument.type)}")
+        if fits(value, int):
+            low = smallest.get(argument.name, 1)
+            require(args, argument.name, low <= value < 2**32, f"a whole number from {low} to {2**32 - 1}")
 
 
 def check_args(args: Args) -> None:
     """Raise RunError for the first argument that makes no sense."""
-
-    def require(name: str, valid: bool, choices: str) -> None:
-        if not valid:
-            raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not valid; it must be {choices}")
-
-    for field in fields(args):
-        smallest = int(field.name not in ("seed", "learning_starts", "num_uniform"))
-        if field.type is int:
-            require(field.name, getattr(args, field.name) >= smallest, f"a whole number of at least {smallest}")
-    require("buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")
-    require("steps_per_update", args.num_envs % args.steps_per_update == 0, f"a divisor of --num-envs, {args.num_envs}")
-    require("log_interval", args.log_interval % args.num_envs == 0, f"a multiple of --num-envs, {args.num_envs}")
-    for name in ("critic_lr", "actor_lr", "temperature_lr", "init_temperature"):
-        require(name, 0 < getattr(args, name) < math.inf, "a number above 0")
-    require("gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
-    require("tau", 0 < args.tau <= 1, "a number above 0, at most 1")
-    require("target_entropy", args.target_entropy < math.log(2), "below 0.69, the uniform policy's entropy")
+    check_types(args, {"seed": 0, "learning_starts": 0, "num_uniform": 0})
+    check_run_args(args)
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        small = argument.name == "seed" or not fits(value, int) or value < 2**31
+        require(args, argument.name, small, f"at most {2**31 - 1}, since JAX counts in 32 bits")
+    counted = args.total_timesteps + args.log_interval < 2**31
+    require(args, "total_timesteps", counted, f"below {2**31} - --log-interval, since JAX counts in 32 bits")
+    require(args, "num_seeds", args.seed + args.num_seeds <= 2**32, f"at most {2**32} - --seed")
+    require(args, "learning_starts", args.learning_starts < args.total_timesteps, "below --total-timesteps")
+    require(args, "buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")
+    divisor = args.num_envs % args.steps_per_update == 0
+    require(args, "steps_per_update", divisor, f"a divisor of --num-envs, {args.num_envs}")
+    multiple = args.log_interval % args.num_envs == 0
+    require(args, "log_interval", multiple, f"a multiple of --num-envs, {args.num_envs}")
+    require(args, "batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size, {args.buffer_size}")
+    fewer = args.actor_batch_size <= args.batch_size
+    require(args, "actor_batch_size", fewer, f"at most --batch-size, {args.batch_size}")
+    for name in ("critic_lr", "actor_lr", "temperature_lr"):
+        require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
+    require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
+    require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
+    require(args, "init_temperature", 1e-6 <= args.init_temperature <= 1e6, "a number from 1e-6 to 1e6")
+    entropies = "a number from -10 to below 0.69, the uniform policy's entropy"
+    require(args, "target_entropy", -10 <= args.target_entropy < math.log(2), entropies)
     candidates = args.num_uniform + len(args.sigmas) * args.num_per_kernel
-    require("num_per_kernel", candidates > 1, "large enough for two candidates")
-    require("sigmas", args.sigmas and all(0 < s <= 1 for s in args.sigmas), "one or more numbers above 0, at most 1")
+    require(args, "num_per_kernel", candidates > 1, "large enough for two candidates")
+    widths = args.sigmas and all(1e-3 <= sigma <= 1 for sigma in args.sigmas)
+    require(args, "sigmas", widths, "one or more numbers from 0.001 to 1")
 
 
-def check_finite(named_values: Iterable[tuple[str, Array]], global_step: int) -> None:
+def check_run_args(args: Args) -> None:
+    """Raise RunError for the first argument of a run, rather than of an algorithm, that makes no sense."""
+    require(args, "exp_name", re.fullmatch(r"[\w.-]+", args.exp_name), "letters, digits, and the signs _ . -")
+    try:
+        choose_devices(args.device)
+    except RuntimeError:
+        require(args, "device", False, "auto or cpu on this machine, where JAX finds no CUDA")
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise RunError("--track needs Weights & Biases: pip install wandb, or drop the flag") from None
+
+
+def check_finite(named_values: Iterable[tuple[str, Any]], global_step: int) -> None:
     """Stop the run if a value is NaN or infinite. Called before every checkpoint, so that no checkpoint holds one."""
     for name, value in named_values:
         if not np.isfinite(value).all():
             raise RunError(f"{name} is NaN or infinite at step {global_step}; the last checkpoint is from before")
+
+
+def check_transitions(rows: np.ndarray, global_step: int, num_envs: int) -> None:
+    """As check_finite, for the rows [seeds, size, W] of the replay buffer; names the step that the oldest came from."""
+    finite = np.isfinite(rows).all((0, 2))
+    if not finite.all():
+        later = (global_step - 1 - np.flatnonzero(~finite)) % len(finite)  # transitions that were stored after it
+        step_of_oldest = global_step - later.max() // num_envs * num_envs
+        raise RunError(f"a transition is NaN or infinite at step {step_of_oldest}; the last checkpoint is from before")
 
 
 def run_arguments(args: Args) -> dict:
@@ -915,60 +1249,137 @@ def run_arguments(args: Args) -> dict:
     return {k: v for k, v in asdict(args).items() if k not in ("resume", "evaluate", "capture_video", "track")}
 
 
+def create_run(args: Args, task: str) -> Path:
+    """A new run folder with the arguments in it."""
+    run_dir = Path("runs") / f"{args.exp_name}__{task}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+    return run_dir
+
+
+def existing_run(flag: str, folder: str) -> Path:
+    """A run folder by its name. Raises RunError, naming those there are, unless it holds a checkpoint."""
+    if folder and (Path(folder) / "checkpoint.safetensors").is_file():
+        return Path(folder)
+    runs = ", ".join(str(path.parent) for path in sorted(Path("runs").glob("*/checkpoint.safetensors"))) or "none yet"
+    raise RunError(f"{flag}: there is no checkpoint.safetensors in {folder!r}; run folders here: {runs}")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in this run folder. Raises RunError if one does."""
+    path = run_dir / "lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = path.read_text() or "another process"
+        raise RunError(f"--resume: {run_dir} is in use by {owner}; wait for its end or stop it") from None
+    with lock:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+
+
 def named_arrays(tree: Any) -> dict[str, Array]:
     """The leaves of a pytree by their paths."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def save_checkpoint(run_dir: Path, tensors: dict[str, Array], contents: dict) -> None:
-    """Write checkpoint.safetensors so that a kill at any moment leaves a whole one, the old or the new.
+def checksum(tensors: dict[str, np.ndarray], contents: str) -> str:
+    """CRC-32 of a checkpoint's tensors, their names and its other contents; safetensors has none."""
+    crc = zlib.crc32(contents.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(np.ascontiguousarray(tensors[name]), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
-    Besides the tensors it holds `contents`, as JSON.
-    """
+
+def save_checkpoint(run_dir: Path, args: Args, progress: Progress, tensors: dict[str, np.ndarray]) -> None:
+    """Write checkpoint.safetensors so that a kill at any moment, or a full disk, leaves a whole one, the old or the
+    new. Besides the tensors it holds everything else as JSON."""
+    contents = json.dumps({"script": SCRIPT, "args": run_arguments(args), "progress": asdict(progress)})
     path = run_dir / "checkpoint.safetensors.tmp"
-    save_file({name: np.asarray(tensor) for name, tensor in tensors.items()}, path, {"json": json.dumps(contents)})
-    os.replace(path, run_dir / "checkpoint.safetensors")
+    try:
+        save_file(tensors, path, {"json": contents, "crc32": checksum(tensors, contents)})
+        os.replace(path, run_dir / "checkpoint.safetensors")
+    except (OSError, SafetensorError) as error:
+        path.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path} ({error}); the checkpoint before stays") from None
 
 
-def load_checkpoint(flag: str, run_dir: Path, args: Args, free: tuple[str, ...] = ()) -> tuple[Args, dict, dict]:
-    """A run's arguments, and the tensors and other contents of its checkpoint. Loading executes no code.
+@contextmanager
+def damage_reported(flag: str, run_dir: Path) -> Iterator[None]:
+    """Whatever a truncated, changed or foreign checkpoint raises becomes one sentence."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        reason = f"{run_dir / 'checkpoint.safetensors'} is damaged ({type(error).__name__}); choose another run folder"
+        raise RunError(f"{flag}: {reason}") from None
 
-    Raises RunError if the checkpoint is missing, damaged or another script's, or if `args` ask for another run than
-    the one it holds. Arguments named in `free` may differ.
+
+def load_checkpoint(
+    flag: str, run_dir: Path, args: Args, given: Collection[str], free: Collection[str]
+) -> tuple[Args, dict]:
+    """A run's arguments and the contents of its checkpoint, among them its tensors. Loading executes no code.
+
+    Raises RunError if the checkpoint is damaged or another script's, or if `args` ask for another run than the one it
+    holds: by arguments that are in `given` or differ from their defaults. Those in `free` may differ.
     """
     path = run_dir / "checkpoint.safetensors"
-    if not path.is_file():
-        runs = sorted(Path("runs").glob(f"{SCRIPT}__*/checkpoint.safetensors"))
-        choices = ", ".join(str(p.parent) for p in runs) or "none yet"
-        raise RunError(f"{flag}: there is no checkpoint.safetensors in {str(run_dir)!r}; run folders here: {choices}")
-    try:
+    with damage_reported(flag, run_dir):
         with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            contents = json.loads(file.metadata()["json"])
-        script, stored = contents["script"], contents["args"] | {"sigmas": tuple(contents["args"]["sigmas"])}
-    except Exception as error:  # whatever safetensors raises at a truncated or foreign file
-        raise RunError(f"{flag}: {path} is damaged ({type(error).__name__}); choose another run folder") from None
+        if "crc32" in metadata and metadata["crc32"] != checksum(tensors, metadata["json"]):
+            raise ValueError("checksum")
+        checkpoint = json.loads(metadata["json"]) | {"tensors": tensors}
+        script, stored = checkpoint["script"], dict(checkpoint["args"])
+        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
     if script != SCRIPT:
-        raise RunError(f"{flag}: {path} belongs to {script}.py; choose a folder named runs/{SCRIPT}__...")
-    if stored.keys() != run_arguments(args).keys():
+        raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another run folder")
+    if stored.keys() != run_arguments(args).keys() or "crc32" not in metadata:
         raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another run folder")
-    asked = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+    asked = {item.name for item in fields(args) if getattr(args, item.name) != item.default} | set(given)
     for name in (asked & stored.keys()) - set(free):
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"
         if ours != theirs:
             raise RunError(f"{flag}: {run_dir} ran with {option} {theirs}, not {ours}; drop {option}")
-    arguments = replace(args, **{name: value for name, value in stored.items() if name not in asked})
-    return arguments, tensors, contents
+    return replace(args, **{name: value for name, value in stored.items() if name not in asked}), checkpoint
 
 
-def restore(tree: Any, tensors: dict[str, np.ndarray]) -> Any:
-    """The pytree with its leaves from the checkpoint; a leaf with fewer rows there keeps its own behind them."""
+def restore(
+    flag: str, run_dir: Path, checkpoint: dict, env: HeuristicEnemySMAX, args: Args
+) -> tuple[Training, Progress]:
+    """The state of a run, in NumPy's arrays, and where it stands.
 
-    def leaf(path: tuple, value: Array) -> Array:
-        stored = tensors[jax.tree_util.keystr(path)]
-        return jnp.asarray(stored) if stored.shape == value.shape else value.at[:, : stored.shape[1]].set(stored)
+    Raises RunError if the checkpoint is damaged: if names, shapes and types are not those of a run with these
+    arguments, or at a NaN or infinite value.
+    """
+    shapes = jax.eval_shape(jax.vmap(partial(begin, env, args)), np.zeros(args.num_seeds, np.uint32))
+    with damage_reported(flag, run_dir):
+        progress = Progress(**checkpoint["progress"])
+        if not all(fits(getattr(progress, item.name), item.type) for item in fields(progress)):
+            raise TypeError("progress")
+        if progress.global_step < 0 or not math.isfinite(progress.seconds):
+            raise ValueError("progress")
+        if any(tuple(row) != EVALUATION_COLUMNS for row in progress.rows):
+            raise ValueError("rows of evaluations.csv")
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+        tensors = checkpoint["tensors"]
+        filled = tensors[".buffer"]
+        tensors[".buffer"] = np.zeros(shapes.buffer.shape, filled.dtype)
+        tensors[".buffer"][:, : progress.global_step] = filled
+        if tensors.keys() != named_arrays(shapes).keys():
+            raise ValueError("other names")
+
+        def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+            stored = tensors[jax.tree_util.keystr(path)]
+            if (stored.shape, stored.dtype) != (shape.shape, shape.dtype) or not np.isfinite(stored).all():
+                raise ValueError("another shape or type, or NaN")
+            return stored
+
+        return jax.tree_util.tree_map_with_path(leaf, shapes), progress
 
 
 def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
@@ -980,147 +1391,102 @@ def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
     os.replace(run_dir / "evaluations.csv.tmp", run_dir / "evaluations.csv")
 
 
-def start_tracking(args: Args, run_dir: Path) -> None:
-    """Mirror TensorBoard's scalars to Weights & Biases."""
-    try:
-        import wandb
-    except ImportError:
-        raise RunError("--track needs Weights & Biases: pip install wandb, or drop --track") from None
-    wandb.init(project=args.wandb_project_name, name=run_dir.name, config=run_arguments(args), sync_tensorboard=True)
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-
-def train(args: Args) -> dict:
-    """Train one team per seed; returns a dict, also written to RUN_DIR/result.json.
-
-    Keys: run_dir; global_step; episodic_returns, the list of returns of the final deterministic evaluation, seed by
-    seed; final_return, their mean; win_rates, one per seed; env_steps_per_second, of all seeds together. Raises
-    RunError for bad arguments and for NaN.
-    """
-    tensors = None
-    if args.resume:
-        run_dir = Path(args.resume)
-        args, tensors, contents = load_checkpoint("--resume", run_dir, args)
-    check_args(args)
-    env, seeds = make_env(args), range(args.seed, args.seed + args.num_seeds)
-    sharding = NamedSharding(mesh_of_seeds(args.num_seeds), PartitionSpec("seeds"))
-    training = jax.jit(jax.vmap(partial(begin, env, args)), out_shardings=sharding)(jnp.array(seeds))
-    global_step, seconds, rows = 0, 0.0, []
-    if tensors is not None:
-        training = jax.device_put(restore(training, tensors), sharding)
-        global_step, seconds, rows = contents["progress"]
-    else:
-        name = f"{SCRIPT}__{args.map_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        run_dir = Path("runs") / name
-        run_dir.mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
+    """TensorBoard's writer, with the arguments as a table in its text tab; --track mirrors it to Weights & Biases."""
     if args.track:
-        start_tracking(args, run_dir)
-    evaluate_seeds = evaluator(env, args)
-    chunks = {x: compiled(partial(run_chunk, env, args, x), args.num_seeds, donate=True) for x in (False, True)}
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=run_dir.name,
+            config=run_arguments(args),
+            sync_tensorboard=True,
+        )
     writer = SummaryWriter(run_dir, purge_step=global_step)
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", desc=args.map_name, mininterval=1)
-    first_step, started = global_step, time.monotonic()
-
-    def save() -> None:
-        learner = named_arrays(training.learner)
-        check_finite(learner.items(), global_step)
-        filled = training._replace(buffer=training.buffer[:, :global_step])
-        elapsed = seconds + time.monotonic() - started
-        contents = {"script": SCRIPT, "args": run_arguments(args), "progress": [global_step, elapsed, rows]}
-        save_checkpoint(run_dir, named_arrays(filled), contents)
-
-    def log_evaluation(episodes: int) -> dict[str, np.ndarray]:
-        for mode in ("stochastic", "deterministic"):
-            played = evaluate_seeds(training.learner, episodes, mode == "deterministic", global_step)
-            time_taken = round(seconds + time.monotonic() - started, 1)
-            for seed, returns, *others in zip(seeds, *played.values()):
-                row = {"global_step": global_step, "seconds": time_taken, "mode": mode, "seed": seed}
-                row |= {"return_mean": float(returns.mean()), "return_std": float(returns.std()), "episodes": episodes}
-                rows.append(row | {k: float(v.mean()) for k, v in zip(list(played)[1:], others)})
-            for name, values in played.items():
-                writer.add_scalar(f"{name}/{mode}", values.mean(), global_step)
-        write_evaluations(run_dir, rows)
-        return played  # by the deterministic policies
-
-    def due(interval: int) -> bool:
-        return global_step // interval > previous_step // interval
-
-    while global_step < args.total_timesteps:
-        learning = global_step >= args.learning_starts
-        training, metrics = chunks[learning](training, global_step // args.num_envs)
-        previous_step, global_step = global_step, global_step + args.log_interval
-        metrics = jax.device_get(metrics)
-        check_finite(((k, v) for k, v in metrics.items() if k.startswith(("losses", "policy"))), global_step)
-        metrics["steps_per_second"] = args.num_seeds * (global_step - first_step) / (time.monotonic() - started)
-        for name, values in metrics.items():
-            writer.add_scalar(name, float(np.mean(values)), global_step)
-        progress.update(args.log_interval)
-        win_rate, mean_return = (metrics[f"{name}/training"].mean() for name in ("win_rate", "returns"))
-        progress.set_postfix({"return": f"{mean_return:.2f}", "wins": f"{win_rate:.2f}"})
-        if due(args.eval_interval) and global_step < args.total_timesteps:
-            log_evaluation(args.eval_episodes)
-        if due(args.checkpoint_interval) and global_step < args.total_timesteps:
-            save()
-
-    save()
-    env_steps_per_second = args.num_seeds * (global_step - first_step) / (time.monotonic() - started)
-    played = log_evaluation(args.final_eval_episodes)
-    progress.close()
-    writer.close()
-    if args.capture_video:
-        first = jax.tree.map(lambda leaf: leaf[0], training.learner)
-        write_video(env, first, True, jax.random.PRNGKey(args.seed), run_dir / "final.gif")
-    result = {
-        "run_dir": str(run_dir),
-        "global_step": global_step,
-        "final_return": float(played["returns"].mean()),
-        "episodic_returns": played["returns"].flatten().tolist(),
-        "win_rates": played["win_rate"].mean(1).tolist(),
-        "env_steps_per_second": env_steps_per_second,
-    }
-    versions = {package: version(package) for package in ("jax", "jaxmarl", "optax", "numpy")}
-    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
-    return result
+    table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
+    writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
+    return writer
 
 
-def play(args: Args) -> None:
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def play(args: Args, given: Collection[str] = ()) -> None:
     """--evaluate: play a run's policies and print their returns."""
-    run_dir = Path(args.evaluate)
-    args, tensors, _ = load_checkpoint("--evaluate", run_dir, args, free=("seed", "final_eval_episodes"))
+    run_dir = existing_run("--evaluate", args.evaluate)
+    free = ("seed", "final_eval_episodes", "device")
+    args, checkpoint = load_checkpoint("--evaluate", run_dir, args, given, free)
     check_args(args)
     env = make_env(args)
-    training = jax.jit(jax.vmap(partial(begin, env, args)))(jnp.arange(args.num_seeds))
-    learner, evaluate_seeds = restore(training, tensors).learner, evaluator(env, args)
-    for mode in ("stochastic", "deterministic"):
-        deterministic, key = mode == "deterministic", jax.random.PRNGKey(args.seed)
-        all_played = evaluate_seeds(learner, args.final_eval_episodes, deterministic, args.seed)
-        for number, played in enumerate(zip(*all_played.values())):
-            returns, wins, lengths, dead = played
-            spread = f"return {returns.mean():.2f} +- {returns.std():.2f} (std) over {len(returns)} battles"
-            print(
-                f"{mode:13s} {spread}  win rate {wins.mean():.2f}  length {lengths.mean():.0f}  dead {dead.mean():.1f}"
-            )
-            if args.capture_video:
-                video = run_dir / f"{mode}{number or ''}.gif"
-                write_video(env, jax.tree.map(lambda leaf, n=number: leaf[n], learner), deterministic, key, video)
-                print(f"{'':13s} video {video}")
+    with jax.default_device(choose_devices(args.device)[0]):
+        training, _ = restore("--evaluate", run_dir, checkpoint, env, args)
+        learner = jax.tree.map(jnp.asarray, training.learner)
+        evaluate_seeds = evaluator(env, args)
+        for mode in ("stochastic", "deterministic"):
+            deterministic = mode == "deterministic"
+            all_played = evaluate_seeds(learner, args.final_eval_episodes, deterministic, args.seed)
+            for number, played in enumerate(zip(*all_played.values())):
+                returns, wins, lengths, dead = played
+                spread = f"return {returns.mean():.2f} +- {returns.std():.2f} (std) over {len(returns)} battles"
+                others = f"win rate {wins.mean():.2f}  length {lengths.mean():.0f}  dead {dead.mean():.1f}"
+                print(f"{mode:13s} {spread}  {others}")
+                if args.capture_video:
+                    video = run_dir / f"{mode}{number or ''}.gif"
+                    one = jax.tree.map(lambda leaf, n=number: leaf[n], learner)
+                    write_video(env, one, deterministic, jax.random.PRNGKey(args.seed), video)
+                    print(f"{'':13s} video {video}")
 
 
-def main(args: Args) -> None:
-    """What the command line asks for; RunError becomes one line on standard error and exit code 1."""
+def read_command_line() -> tuple[Args, set[str]]:
+    """The arguments, with --help in the groups that Args is made of, and the names of those that were given."""
+    groups = [(group.__name__, group, field(default_factory=group)) for group in reversed(Args.__bases__)]
+    parsed = tyro.cli(make_dataclass("Groups", groups), description=Args.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    flags = {word[2:].split("=")[0].replace("-", "_").removeprefix("no_") for word in sys.argv if word[:2] == "--"}
+    return Args(**values), flags & values.keys()
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
+    signals = []
+
+    def note(number: int, frame: Any) -> None:
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping where a checkpoint allows it; the same signal again stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if args.evaluate:
-            play(args)
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(args: Args, given: Collection[str] = ()) -> None:
+    """What the command line asks for; a failure is one line on standard error and exit code 1, a signal 128 + n."""
+    try:
+        if args.evaluate is not None:
+            play(args, given)
         else:
-            result = train(args)
+            with noted_signals() as signals:
+                result = train(args, given, signals)
             wins = ", ".join(f"{rate:.2f}" for rate in result["win_rates"])
             print(f"final return {result['final_return']:.2f}, win rate {wins}, run folder {result['run_dir']}")
-    except RunError as error:
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + signals[0]) from None
+    except KeyboardInterrupt:  # while playing
+        raise SystemExit(130) from None
+    except (RunError, OSError, MemoryError) as error:
         raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise SystemExit(f"{SCRIPT}.py: error: out of memory; choose a smaller --buffer-size or --batch-size") from None
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(*read_command_line())

@@ -17,38 +17,53 @@ Optimization", NeurIPS 2024, arXiv 2405.16173. Where paper and official code dif
 
 --preset paper has the published sizes, --preset laptop (the default) ones that two cores train in minutes.
 The README numbers the implementation details and explains every logged scalar.
+
+To fork it for other tasks, rewrite make_env; for other weights of the candidates, q_weights. A copy under another name
+refuses this script's checkpoints.
 """
 
 import csv
 import json
 import math
 import os
+import re
+import signal
+import socket
+import sys
 import time
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
+from inspect import formatannotation
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+SCRIPT = Path(__file__).stem
 
 
 @dataclass
-class Args:
-    """Train a diffusion policy with QVPO on a Gymnasium task; the defaults are those of the reported results."""
+class Task:
+    """What is learned, and for how long."""
 
-    # Task
     env_id: str = "Pendulum-v1"
     """A Gymnasium task with a Box of continuous actions, such as Hopper-v5 or dm_control/cartpole-swingup-v0."""
     num_envs: int = 1
@@ -58,9 +73,13 @@ class Args:
     seed: int = 1
     """Seed of networks, exploration, replay and episodes."""
 
-    # Algorithm. What is None comes from the preset.
+
+@dataclass
+class Sizes:
+    """What a preset sets unless a flag says otherwise."""
+
     preset: Literal["laptop", "paper"] = "laptop"
-    """Sizes to use where a flag does not say otherwise: for two cores, or the published ones."""
+    """Sizes for two cores, or the published ones."""
     hidden: int | None = None
     """Width of all networks' three hidden layers (laptop 128, paper 256)."""
     denoising_steps: int | None = None
@@ -79,6 +98,12 @@ class Args:
     """Learning rate of the policy (laptop 0.0003, paper 0.0001)."""
     learning_starts: int | None = None
     """Environment steps of uniformly random actions before the first update (laptop 1000, paper 10000)."""
+
+
+@dataclass
+class Algorithm:
+    """Updates, weights and replay."""
+
     critic_lr: float = 3e-4
     """Learning rate of the critics."""
     gamma: float = 0.99
@@ -102,7 +127,11 @@ class Args:
     bfloat16: bool = False
     """Draw the candidates of an update in bfloat16: faster on CPUs and GPUs that support it."""
 
-    # Run
+
+@dataclass
+class Run:
+    """Evaluation, files and machine."""
+
     eval_interval: int = 5_000
     """Environment steps between evaluations."""
     eval_candidates: int = 32
@@ -115,27 +144,57 @@ class Args:
     """Environment steps between TensorBoard points."""
     checkpoint_interval: int = 10_000
     """Environment steps between checkpoints. Each also ends the copies' episodes early, as a time limit does."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where learner and replay buffer live; auto is CUDA if there is one."""
+    compile: bool = False
+    """Run the update through torch.compile (needs a C++ compiler)."""
     num_threads: int = 1
     """Threads of PyTorch."""
     capture_video: bool = False
     """Write a GIF of the trained policy to its run folder (with --evaluate: of both ways to play)."""
+    exp_name: str = SCRIPT
+    """First part of the run folder's name."""
     track: bool = False
     """Mirror the TensorBoard scalars to Weights & Biases (needs `pip install wandb`)."""
     wandb_project_name: str = "diffusion-marl"
     """Project on Weights & Biases."""
+    wandb_entity: str | None = None
+    """Team on Weights & Biases."""
     resume: str | None = None
     """Run folder to go on with, from its checkpoint and with its arguments."""
     evaluate: str | None = None
     """Run folder whose policy to load, play and print returns of, without training."""
 
 
+@dataclass
+class Args(Run, Algorithm, Sizes, Task):
+    """Train a diffusion policy with QVPO on a Gymnasium task; the defaults are those of the reported results."""
+
+
 PRESETS = {
-    "laptop": dict(hidden=128, denoising_steps=5, num_candidates=16, behavior_candidates=4, target_candidates=2)
-    | dict(batch_size=128, policy_frequency=2, actor_lr=3e-4, learning_starts=1_000),
-    "paper": dict(hidden=256, denoising_steps=20, num_candidates=64, behavior_candidates=4, target_candidates=4)
-    | dict(batch_size=256, policy_frequency=1, actor_lr=1e-4, learning_starts=10_000),
+    "laptop": {
+        "hidden": 128,
+        "denoising_steps": 5,
+        "num_candidates": 16,
+        "behavior_candidates": 4,
+        "target_candidates": 2,
+        "batch_size": 128,
+        "policy_frequency": 2,
+        "actor_lr": 3e-4,
+        "learning_starts": 1_000,
+    },
+    "paper": {
+        "hidden": 256,
+        "denoising_steps": 20,
+        "num_candidates": 64,
+        "behavior_candidates": 4,
+        "target_candidates": 4,
+        "batch_size": 256,
+        "policy_frequency": 1,
+        "actor_lr": 1e-4,
+        "learning_starts": 10_000,
+    },
 }
-SCRIPT = "qvpo"
 EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "return_mean", "return_std", "episodes")
 TIME_FEATURES = 32
 
@@ -144,38 +203,70 @@ class RunError(Exception):
     """A wrong argument or a failed run, told to the user in one sentence."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A run that SIGINT or SIGTERM has ended in order."""
+
+
 def with_preset(args: Args) -> Args:
     """The arguments with every None that the preset knows filled in."""
-    return replace(args, **{k: v for k, v in PRESETS[args.preset].items() if getattr(args, k) is None})
+    require(args, "preset", args.preset in list(PRESETS), f"one of {', '.join(PRESETS)}")
+    missing = {name: value for name, value in PRESETS[args.preset].items() if getattr(args, name) is None}
+    return replace(args, **missing)
 
 
-# ---------------------------------------------------------------------------------------------------- environment
+# -------------------------------------------------------------------------- diffusion and Q-weighting: pure functions
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """The Gymnasium task `env_id` with flat float32 observations and actions in [-1, 1].
+def cosine_schedule(num_steps: int, offset: float = 0.008) -> Tensor:
+    """alphas_bar [T + 1], the share of signal variance left after t steps; alphas_bar[0] is 1.
 
-    Raises RunError unless Gymnasium knows it and its actions are a bounded Box.
+        alphas_bar[t] proportional to cos^2((t / T + offset) / (1 + offset) * pi / 2)
+
+    (Nichol and Dhariwal 2021, eq. 17.) No step's beta exceeds 0.999.
     """
-    if env_id.startswith("dm_control/"):
-        import shimmy  # noqa: F401, registers the tasks of DM Control
-    try:
-        env = gym.make(env_id, render_mode=render_mode)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        raise RunError(f"--env-id: {error} Choose a task with continuous actions, such as Hopper-v5") from None
-    space = env.action_space
-    if not isinstance(space, Box) or not space.is_bounded():
-        raise RunError(f"--env-id: {env_id} has actions {space}; choose a task with a bounded Box, such as Hopper-v5")
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    fraction = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    alphas_bar = ((fraction + offset) / (1 + offset) * math.pi / 2).cos().square()
+    alphas = (alphas_bar[1:] / alphas_bar[:-1]).clamp(min=0.001)
+    return torch.cat([torch.ones(1), alphas.cumprod(0).float()])
 
 
-def episode_seeds(stream: int, seed: int, episode: int, num_envs: int) -> np.ndarray:
-    """[E] seeds of the copies' next episode, in the stream of training (0) or evaluation (1) episodes.
+def ddpm_step(x_t: Tensor, epsilon: Tensor, t: int, alphas_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [..., D] and standard deviation [] of x_{t-1} given x_t and the predicted noise (DDPM, eq. 6-7, 15).
 
-    They depend on nothing but these numbers, so a resumed run plays the same episodes without saving the environments.
+        x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) epsilon
+
+    implies an x_0, which is clipped to [-1, 1]. At t = 1 the mean is x_0 and the deviation 0.
     """
-    return np.random.SeedSequence([stream, seed, episode]).generate_state(num_envs)
+    alpha_bar = alphas_bar[t]
+    alpha_bar_before = alphas_bar[t - 1]
+    alpha = alpha_bar / alpha_bar_before
+    x_0 = ((x_t - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()).clamp(-1, 1)
+    of_x_0 = alpha_bar_before.sqrt() * (1 - alpha) * x_0
+    of_x_t = alpha.sqrt() * (1 - alpha_bar_before) * x_t
+    variance = (1 - alpha) * (1 - alpha_bar_before) / (1 - alpha_bar)
+    return (of_x_0 + of_x_t) / (1 - alpha_bar), variance.sqrt()
+
+
+def best_of(candidates: Tensor, q: Tensor) -> Tensor:
+    """The candidate [B, D] of highest q [K, B] among candidates [K, B, D]."""
+    return candidates[q.argmax(0), torch.arange(q.shape[1], device=q.device)]
+
+
+def q_weights(q: Tensor, transform: str) -> Tensor:
+    """Weight [B] of the best of K candidates with values q [K, B]; none is negative (paper, section 4.2).
+
+        qadv: w = max_k q_k - mean_k q_k        qcut: w = max(max_k q_k, 1)
+
+    qadv is its advantage, as the mean estimates V; qcut its value, raised to 1 if it is lower.
+    """
+    highest = q.amax(0)
+    return highest - q.mean(0) if transform == "qadv" else highest.clamp(min=1)
+
+
+def entropy_coefficient(args: Args, global_step: int) -> float:
+    """Weight of the uniform actions: linear from args.entropy_coefficient towards 0, but not below its minimum."""
+    decayed = args.entropy_coefficient * (1 - global_step / args.total_timesteps)
+    return min(args.entropy_coefficient, max(args.min_entropy_coefficient, decayed))
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -193,6 +284,13 @@ def stacked_weight(stack: int, in_features: int, out_features: int) -> nn.Parame
     return nn.Parameter(torch.empty(stack, in_features, out_features).uniform_(-bound, bound))
 
 
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight + bias, with or without a leading stack. Compiled, the sum fuses with the activation that follows."""
+    if torch.compiler.is_compiling():
+        return x @ weight + bias
+    return torch.addmm(bias, x, weight) if x.ndim == 2 else torch.baddbmm(bias, x, weight)
+
+
 class StackedLinear(nn.Module):
     """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]."""
 
@@ -202,7 +300,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(stack, 1, out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+        return affine(x, self.weight, self.bias)
 
 
 class DiffusionPolicy(nn.Module):
@@ -213,16 +311,17 @@ class DiffusionPolicy(nn.Module):
 
     def __init__(self, obs_size: int, action_size: int, hidden: int, num_steps: int):
         super().__init__()
-        self.action_size, self.num_steps = action_size, num_steps
-        self.time = nn.Sequential(nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, TIME_FEATURES))
+        self.action_size = action_size
+        self.num_steps = num_steps
+        self.embedding = nn.Sequential(nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, TIME_FEATURES))
         self.observation = nn.Linear(obs_size, hidden)
-        self.step = nn.Linear(TIME_FEATURES, hidden, bias=False)
+        self.time = nn.Linear(TIME_FEATURES, hidden, bias=False)
         self.noisy_action = nn.Linear(action_size, hidden, bias=False)
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(2))
         self.epsilon = nn.Linear(hidden, action_size)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                first = layer in (self.observation, self.step, self.noisy_action)
+                first = layer in (self.observation, self.time, self.noisy_action)
                 fan_in = obs_size + action_size + TIME_FEATURES if first else layer.in_features
                 truncated_normal(layer.weight, fan_in)
                 if layer.bias is not None:
@@ -232,16 +331,20 @@ class DiffusionPolicy(nn.Module):
         angles = torch.arange(num_steps)[:, None] * frequencies  # step t of the paper is row t - 1
         self.register_buffer("sinusoids", torch.cat([angles.sin(), angles.cos()], -1), persistent=False)
 
-    def step_features(self) -> Tensor:
-        """The first layer's share [T, H] of every step t = 1..T, from sinusoids (Vaswani et al. 2017) and an MLP."""
-        return self.step(self.time(self.sinusoids))
+    def time_features(self) -> Tensor:
+        """The first layer's share [T, H] of every t = 1..T, from sinusoids (Vaswani et al. 2017) and an MLP."""
+        return self.time(self.embedding(self.sinusoids))
 
     def forward(self, context: Tensor, x_t: Tensor) -> Tensor:
-        """The noise in actions [K, B, D]; context [K or 1, B, H] is the first layer's sum for observation and step."""
-        hidden = F.silu(self.noisy_action(x_t) + context)
+        """The noise in actions [K, B, D]; context [K or 1, B, H] is the first layer's sum for observation and t.
+
+        All is computed in the type of x_t.
+        """
+        dtype = x_t.dtype
+        hidden = F.silu(x_t @ self.noisy_action.weight.to(dtype).T + context).flatten(0, 1)
         for layer in self.hidden:
-            hidden = F.silu(layer(hidden))
-        return self.epsilon(hidden)
+            hidden = F.silu(affine(hidden, layer.weight.to(dtype).T, layer.bias.to(dtype)))
+        return affine(hidden, self.epsilon.weight.to(dtype).T, self.epsilon.bias.to(dtype)).view(x_t.shape)
 
     @torch.no_grad()
     def sample(self, obs: Tensor, num_candidates: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -249,11 +352,11 @@ class DiffusionPolicy(nn.Module):
 
         The network runs in `dtype`, the chain itself in float32.
         """
-        network = self if dtype == torch.float32 else deepcopy(self).to(dtype)
-        observation, steps = self.observation(obs).to(dtype), self.step_features().to(dtype)
+        observation = self.observation(obs).to(dtype)
+        time_features = self.time_features().to(dtype)
         x_t = torch.randn(num_candidates, len(obs), self.action_size, device=obs.device)
         for t in range(self.num_steps, 0, -1):
-            epsilon = network((observation + steps[t - 1])[None], x_t.to(dtype)).float()
+            epsilon = self((observation + time_features[t - 1])[None], x_t.to(dtype)).float()
             mean, std = ddpm_step(x_t, epsilon, t, self.alphas_bar)
             x_t = mean + std * torch.randn_like(mean)
         return x_t
@@ -283,6 +386,175 @@ class TwinCritic(nn.Module):
         return self.value(hidden).view(shape[:3])
 
 
+# ------------------------------------------------------------------------------------------- learner and its updates
+
+
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam that an update compiles through: all of its state is there from the start, and no hooks run."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, eps: float = 1e-8):
+        super().__init__(parameters, lr, eps=eps)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    @torch.no_grad()
+    def descend(self, gradients: Sequence[Tensor]) -> None:
+        """One step down the gradients of the parameters, in their order."""
+        (group,) = self.param_groups
+        states = [self.state[parameter] for parameter in group["params"]]
+        compiling = torch.compiler.is_compiling()  # fused by the compiler, then
+        adam(
+            group["params"],
+            list(gradients),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=not compiling,
+            capturable=compiling and states[0]["step"].is_cuda,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+class Learner(nn.Module):
+    """What training changes: policy, critics, their targets and optimisers, all on one device.
+
+    The networks are drawn on the CPU first, so a seed starts with the same ones on every device.
+    """
+
+    def __init__(self, args: Args, obs_size: int, action_size: int, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.args = args
+        self.device = torch.device(device)
+        self.sampling_dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+        self.policy = DiffusionPolicy(obs_size, action_size, args.hidden, args.denoising_steps)
+        self.critic = TwinCritic(obs_size, action_size, args.hidden)
+        self.target_policy = deepcopy(self.policy)
+        self.target_critic = deepcopy(self.critic)
+        self.to(self.device)
+
+        self.policy_optimizer = Adam(self.policy.parameters(), args.actor_lr, eps=1e-5)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, eps=1e-5)
+
+    def optimizers(self) -> list[Adam]:
+        return [value for value in vars(self).values() if isinstance(value, Adam)]
+
+    def act(self, obs: Tensor, num_candidates: int) -> Tensor:
+        """Actions [B, D] for observations [B, O]: the best of several candidates, by the minimum of both critics."""
+        return best_of(*draw_candidates(self.policy, self.critic, obs, num_candidates))
+
+
+@torch.no_grad()
+def draw_candidates(
+    policy: DiffusionPolicy, critic: TwinCritic, obs: Tensor, num_candidates: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Candidate actions [K, B, D] at observations [B, O] and their min_k Q_k [K, B].
+
+    A CPU takes them in chunks of some 2,048 rows, whose activations stay in its cache.
+    """
+    size = max(1, 2048 // len(obs)) if obs.device.type == "cpu" else num_candidates
+    sizes = [min(size, num_candidates - done) for done in range(0, num_candidates, size)]
+    chunks = [policy.sample(obs, size, dtype) for size in sizes]
+    return torch.cat(chunks), torch.cat([critic(obs, chunk).amin(0) for chunk in chunks])
+
+
+def update(
+    learner: Learner, batch: "Batch", obs: Tensor | None, entropy_weight: Tensor | float | None
+) -> dict[str, Tensor]:
+    """One update of the critics and, at fresh observations obs [B, O] if given, of the policy; returns metrics [].
+
+    entropy_weight [] is that of the uniform actions, None if there are none.
+    """
+    metrics = update_critic(learner, batch)
+    if obs is not None:
+        metrics |= update_policy(learner, obs, entropy_weight)
+    targets = [*learner.target_policy.parameters(), *learner.target_critic.parameters()]
+    with torch.no_grad():
+        torch._foreach_lerp_(targets, [*learner.policy.parameters(), *learner.critic.parameters()], learner.args.tau)
+    return metrics
+
+
+def update_critic(learner: Learner, batch: "Batch") -> dict[str, Tensor]:
+    """Move both critics to r + gamma (1 - terminated) max over K_t of min_k Q'_k(s', a'); truncation bootstraps."""
+    args = learner.args
+    networks = learner.target_policy, learner.target_critic
+    with torch.no_grad():
+        _, next_q = draw_candidates(*networks, batch.next_obs, args.target_candidates, learner.sampling_dtype)
+        target = batch.reward + args.gamma * (1 - batch.terminated) * next_q.amax(0)
+    q = learner.critic(batch.obs, batch.actions[None])[:, 0]
+    loss = (q - target).square().mean(1).sum()
+    take_step(learner.critic_optimizer, loss, args.max_grad_norm)
+    return {"losses/critic": loss.detach(), "losses/q": q.detach().mean()}
+
+
+def update_policy(learner: Learner, obs: Tensor, entropy_weight: Tensor | float | None) -> dict[str, Tensor]:
+    """One step of the denoiser at obs [B, O], towards the best of its own candidates and towards uniform actions."""
+    args = learner.args
+    networks = learner.policy, learner.critic
+    with torch.no_grad():
+        candidates, q = draw_candidates(*networks, obs, args.num_candidates, learner.sampling_dtype)
+        actions = best_of(candidates, q)[None]
+        weights = q_weights(q, args.q_transform)[None]
+        metrics = {"losses/weight": weights.mean(), "policy/spread": candidates.std(0).mean()}
+        if entropy_weight is not None:
+            uniform = 2 * torch.rand(args.num_uniform, *actions.shape[1:], device=obs.device) - 1
+            actions = torch.cat([actions, uniform])
+            weights = torch.cat([weights, entropy_weight * weights.expand(args.num_uniform, -1)])
+    loss = denoising_loss(learner.policy, obs, actions, weights)
+    take_step(learner.policy_optimizer, loss, args.max_grad_norm)
+    return metrics | {"losses/actor": loss.detach()}
+
+
+def denoising_loss(policy: DiffusionPolicy, obs: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
+    """Squared error [] of the predicted noise at random t, weighted: actions [K, B, D], weights [K, B], obs [B, O].
+
+        E[w |epsilon(sqrt(alpha_bar) a + sqrt(1 - alpha_bar) noise, t, s) - noise|^2]
+
+    The mean over all actions and dimensions; for equal weights DDPM's simplified bound (eq. 14), a behaviour cloning.
+    """
+    t = torch.randint(1, policy.num_steps + 1, weights.shape, device=obs.device)
+    noise = torch.randn_like(actions)
+    alpha_bar = policy.alphas_bar[t][..., None]
+    signal_scale = alpha_bar.sqrt()
+    noise_scale = (1 - alpha_bar).sqrt()
+    x_t = signal_scale * actions + noise_scale * noise
+    error = policy(policy.observation(obs) + policy.time_features()[t - 1], x_t) - noise
+    return (weights[..., None] * error.square()).mean()
+
+
+def take_step(optimizer: Adam, loss: Tensor, max_grad_norm: float) -> None:
+    """One gradient step down the loss, on the optimizer's own parameters only, their gradient clipped."""
+    gradients = torch.autograd.grad(loss, optimizer.param_groups[0]["params"])
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    optimizer.descend([gradient * scale for gradient in gradients])
+
+
+def compiled(function: Callable, learner: Learner) -> Callable:
+    """An update of this learner through torch.compile: one graph, gradients and optimisers included.
+
+    On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself.
+    """
+    torch._dynamo.config.trace_autograd_ops = True
+    if not next(learner.parameters()).is_cuda:
+        return torch.compile(function, fullgraph=True, options={"fallback_random": True, "cpp_wrapper": True})
+    for optimizer in learner.optimizers():
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                torch._dynamo.mark_static_address(tensor)  # a CUDA graph may then change it in place
+    return torch.compile(function, fullgraph=True, options={"fallback_random": True, "triton.cudagraphs": True})
+
+
 # -------------------------------------------------------------------------------------------------- replay buffer
 
 
@@ -297,14 +569,17 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, whose fields have `shapes`.
+    """The last `capacity` transitions, whose fields have `shapes`, on a device.
 
-    `next_obs` is the true next observation, also where an episode was truncated.
+    `next_obs` is the true next observation, also where an episode was truncated. Raises RunError if it does not fit.
     """
 
-    def __init__(self, capacity: int, shapes: Batch):
-        self.data = Batch(*(torch.empty(capacity, *shape) for shape in shapes))  # untouched pages take no memory
-        self.capacity, self.added = capacity, 0
+    def __init__(self, capacity: int, shapes: Batch, device: torch.device | str = "cpu"):
+        try:  # untouched pages take no memory
+            self.data = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
+        except RuntimeError:
+            raise RunError(f"--buffer-size: no memory for {capacity} transitions; choose a smaller number") from None
+        self.capacity, self.device, self.added = capacity, device, 0
 
     @property
     def size(self) -> int:
@@ -312,190 +587,111 @@ class ReplayBuffer:
 
     def add(self, *transitions: Tensor) -> None:
         """Add E transitions, given in the order of Batch's fields, each [E, ...]."""
-        rows = torch.arange(self.added, self.added + len(transitions[0])) % self.capacity
+        rows = torch.arange(self.added, self.added + len(transitions[0]), device=self.device) % self.capacity
         for column, values in zip(self.data, transitions, strict=True):
             column[rows] = values.to(column.dtype)
         self.added += len(rows)
 
     def sample(self, batch_size: int) -> Batch:
         """A batch drawn uniformly with replacement, agents first where there are agents."""
-        rows = torch.randint(self.size, (batch_size,))
+        rows = torch.randint(self.size, (batch_size,), device=self.device)
         return Batch(*(column[rows].transpose(0, 1) if column.ndim > 2 else column[rows] for column in self.data))
 
     def state_dict(self) -> dict:
         return {"added": self.added, "data": [column[: self.size].clone() for column in self.data]}
 
     def load_state_dict(self, state: dict) -> None:
+        """ValueError unless the stored transitions are as many and of the shapes as they should be."""
+        if not fits(state["added"], int) or state["added"] < 0:
+            raise ValueError("added")
         self.added = state["added"]
-        for column, values in zip(self.data, state["data"], strict=True):
-            column[: self.size] = values
+        copy_into([column[: self.size] for column in self.data], state["data"])
 
 
-# -------------------------------------------------------------------------- diffusion and Q-weighting: pure functions
+# ---------------------------------------------------------------------------------------------------- environment
 
 
-def cosine_schedule(num_steps: int, offset: float = 0.008) -> Tensor:
-    """alphas_bar [T+1], the share of signal variance left after t steps; [0] is 1 (Nichol and Dhariwal 2021, eq. 17).
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """The Gymnasium task `env_id` with flat float32 observations and actions in [-1, 1].
 
-    No step's beta exceeds 0.999.
+    Raises RunError unless Gymnasium knows it and its actions are a bounded Box.
     """
-    time = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    signal = ((time + offset) / (1 + offset) * math.pi / 2).cos().square()
-    alphas = (signal[1:] / signal[:-1]).clamp(min=0.001)
-    return torch.cat([torch.ones(1), alphas.cumprod(0).float()])
+    if not re.fullmatch(r"(\w[\w.]*:)?[^:\s]+", env_id):
+        raise RunError(f"--env-id: {env_id!r} is no name of a task; write it as in Hopper-v5 or module:Hopper-v5")
+    try:
+        if env_id.startswith("dm_control/"):
+            import shimmy  # noqa: F401, registers the tasks of DM Control
+        env = gym.make(env_id, render_mode=render_mode)
+    except (gym.error.Error, ImportError) as error:  # ImportError: also for the tasks that Gymnasium has given away
+        raise RunError(f"--env-id: {error} Choose a task with continuous actions, such as Hopper-v5") from None
+    space = env.action_space
+    if not isinstance(space, Box) or not space.is_bounded():
+        raise RunError(f"--env-id: {env_id} has actions {space}; choose a task with a bounded Box, such as Hopper-v5")
+    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-def ddpm_step(x_t: Tensor, epsilon: Tensor, t: int, alphas_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [..., D] and standard deviation [] of x_{t-1} given x_t and the predicted noise (DDPM, eq. 6-7, 15).
+def episode_seeds(stream: int, seed: int, episode: int, num_envs: int) -> np.ndarray:
+    """[E] seeds of the copies' next episode, in the stream of training (0) or evaluation (1) episodes.
 
-    The implied x_0 is clipped to [-1, 1]. At t = 1 the mean is x_0 and the deviation 0.
+    They depend on nothing but these numbers, so a resumed run plays the same episodes without saving the environments.
     """
-    signal, previous = alphas_bar[t], alphas_bar[t - 1]
-    alpha = signal / previous
-    x_0 = ((x_t - (1 - signal).sqrt() * epsilon) / signal.sqrt()).clamp(-1, 1)
-    mean = (previous.sqrt() * (1 - alpha) * x_0 + alpha.sqrt() * (1 - previous) * x_t) / (1 - signal)
-    return mean, ((1 - alpha) * (1 - previous) / (1 - signal)).sqrt()
+    return np.random.SeedSequence([stream, seed, episode]).generate_state(num_envs)
 
 
-@torch.no_grad()
-def draw_candidates(
-    policy: DiffusionPolicy, critic: TwinCritic, obs: Tensor, num_candidates: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Candidate actions [K, B, D] at observations [B, O] and their min_k Q_k [K, B].
-
-    In chunks of some 2,048 rows, whose activations stay in a processor's cache.
-    """
-    size = max(1, 2048 // len(obs))
-    chunks = [policy.sample(obs, min(size, num_candidates - done), dtype) for done in range(0, num_candidates, size)]
-    return torch.cat(chunks), torch.cat([critic(obs, chunk).amin(0) for chunk in chunks])
-
-
-def best_of(candidates: Tensor, q: Tensor) -> Tensor:
-    """The candidate [B, D] of highest q [K, B] among candidates [K, B, D]."""
-    return candidates[q.argmax(0), torch.arange(q.shape[1], device=q.device)]
-
-
-def q_weights(q: Tensor, transform: str) -> Tensor:
-    """Weight [B] of the best of K candidates with values q [K, B]; none is negative (paper, section 4.2).
-
-    qadv: its advantage over their mean, which estimates V. qcut: its value, raised to 1 if it is lower.
-    """
-    return q.amax(0) - q.mean(0) if transform == "qadv" else q.amax(0).clamp(min=1)
-
-
-def denoising_loss(policy: DiffusionPolicy, obs: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
-    """Squared error [] of the predicted noise at random steps, weighted: actions [K, B, D], weights [K, B], obs [B, O].
-
-    The mean over all actions and dimensions; for equal weights DDPM's simplified bound (eq. 14), a behaviour cloning.
-    """
-    t = torch.randint(1, policy.num_steps + 1, weights.shape, device=obs.device)
-    alpha_bar, noise = policy.alphas_bar[t][..., None], torch.randn_like(actions)
-    x_t = alpha_bar.sqrt() * actions + (1 - alpha_bar).sqrt() * noise
-    error = policy(policy.observation(obs) + policy.step_features()[t - 1], x_t) - noise
-    return (weights[..., None] * error.square()).mean()
-
-
-def entropy_coefficient(args: Args, global_step: int) -> float:
-    """Weight of the uniform actions: linear from args.entropy_coefficient towards 0, but not below its minimum."""
-    decayed = args.entropy_coefficient * (1 - global_step / args.total_timesteps)
-    return min(args.entropy_coefficient, max(args.min_entropy_coefficient, decayed))
-
-
-# -------------------------------------------------------------------------------------------------------- learner
-
-
-class Learner(nn.Module):
-    """What training changes: policy, critics, their targets and optimisers."""
-
-    def __init__(self, args: Args, obs_size: int, action_size: int):
-        super().__init__()
-        self.policy = DiffusionPolicy(obs_size, action_size, args.hidden, args.denoising_steps)
-        self.critic = TwinCritic(obs_size, action_size, args.hidden)
-        self.target_policy, self.target_critic = deepcopy(self.policy), deepcopy(self.critic)
-        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), args.actor_lr, eps=1e-5, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, eps=1e-5, fused=True)
-        self.args, self.sampling_dtype = args, torch.bfloat16 if args.bfloat16 else torch.float32
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [value for value in vars(self).values() if isinstance(value, torch.optim.Optimizer)]
-
-    def act(self, obs: Tensor, num_candidates: int) -> Tensor:
-        """Actions [B, D] for observations [B, O]: the best of several candidates, by the minimum of both critics."""
-        return best_of(*draw_candidates(self.policy, self.critic, obs, num_candidates))
-
-
-def update(learner: Learner, batch: Batch, obs: Tensor | None, entropy_weight: float) -> dict[str, Tensor]:
-    """One update of the critics and, at fresh observations obs [B, O] if given, of the policy; returns metrics []."""
-    metrics = update_critic(learner, batch)
-    if obs is not None:
-        metrics |= update_policy(learner, obs, entropy_weight)
-    with torch.no_grad():
-        for target, online in ((learner.target_policy, learner.policy), (learner.target_critic, learner.critic)):
-            torch._foreach_lerp_([*target.parameters()], [*online.parameters()], learner.args.tau)
-    return metrics
-
-
-def update_critic(learner: Learner, batch: Batch) -> dict[str, Tensor]:
-    """Move both critics to r + gamma (1 - terminated) max over K_t of min_k Q'_k(s', a'); truncation bootstraps."""
-    args = learner.args
-    with torch.no_grad():
-        policy, critic = learner.target_policy, learner.target_critic
-        _, next_q = draw_candidates(policy, critic, batch.next_obs, args.target_candidates, learner.sampling_dtype)
-        target = batch.reward + args.gamma * (1 - batch.terminated) * next_q.amax(0)
-    q = learner.critic(batch.obs, batch.actions[None])[:, 0]
-    loss = (q - target).square().mean(1).sum()
-    take_step(learner.critic_optimizer, loss, args.max_grad_norm)
-    return {"losses/critic": loss.detach(), "losses/q": q.detach().mean()}
-
-
-def update_policy(learner: Learner, obs: Tensor, entropy_weight: float) -> dict[str, Tensor]:
-    """One step of the denoiser at obs [B, O], towards the best of its own candidates and towards uniform actions."""
-    args = learner.args
-    with torch.no_grad():
-        policy, critic = learner.policy, learner.critic
-        candidates, q = draw_candidates(policy, critic, obs, args.num_candidates, learner.sampling_dtype)
-        actions, weights = best_of(candidates, q)[None], q_weights(q, args.q_transform)[None]
-        metrics = {"losses/weight": weights.mean(), "policy/spread": candidates.std(0).mean()}
-        if entropy_weight > 0:
-            uniform = 2 * torch.rand(args.num_uniform, *actions.shape[1:], device=obs.device) - 1
-            actions = torch.cat([actions, uniform])
-            weights = torch.cat([weights, entropy_weight * weights.expand(args.num_uniform, -1)])
-    loss = denoising_loss(learner.policy, obs, actions, weights)
-    take_step(learner.policy_optimizer, loss, args.max_grad_norm)
-    return metrics | {"losses/actor": loss.detach()}
-
-
-def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float) -> None:
-    """One gradient step down the loss, on the optimizer's own parameters only, their gradient clipped."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
+    """Arrays [E, ...] as float32 tensors on the device, in a single transfer."""
+    rows = [array.reshape(len(array), -1) for array in arrays]
+    moved = torch.from_numpy(np.concatenate(rows, 1, dtype=np.float32)).to(device)
+    columns = moved.split([row.shape[1] for row in rows], 1)
+    return [column.view(array.shape) for column, array in zip(columns, arrays)]
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
+def ways_to_play(learner: Learner) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """stochastic: as while training, the best of K_b candidates; deterministic: the best of many, hardly random."""
+
+    def act(obs: np.ndarray, num_candidates: int) -> np.ndarray:
+        return learner.act(torch.from_numpy(obs).to(learner.device), num_candidates).cpu().numpy()
+
+    return {
+        "stochastic": partial(act, num_candidates=learner.args.behavior_candidates),
+        "deterministic": partial(act, num_candidates=learner.args.eval_candidates),
+    }
+
+
 def evaluate(
-    act: Callable[[Tensor], Tensor], args: Args, episodes: int, seed: int, video: Path | None = None
+    act: Callable[[np.ndarray], np.ndarray],
+    args: Args,
+    episodes: int,
+    seed: int,
+    video: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """Undiscounted returns [episodes] of act, observations [B, O] to actions [B, D] in [-1, 1].
 
-    Played without touching training's random numbers. The first episode goes to the GIF `video`, if given.
+    Played without touching training's random numbers; those that act draws are of `device`. The first episode goes to
+    the GIF `video`, if given.
     """
     envs = [make_env(args.env_id, "rgb_array" if video else None) for _ in range(min(episodes, 25))]
-    waves, film = [], []
-    with torch.random.fork_rng(devices=[]):
+    waves = []
+    film = []
+    with forked_random_numbers(torch.device(device)):
         torch.manual_seed(seed)
         while len(waves) * len(envs) < episodes:
-            seeds, returns = episode_seeds(1, seed, len(waves), len(envs)), np.zeros(len(envs))
+            seeds = episode_seeds(1, seed, len(waves), len(envs))
             obs = [env.reset(seed=int(s))[0] for env, s in zip(envs, seeds)]
+            returns = np.zeros(len(envs))
             playing = list(range(len(envs)))
             while playing:
                 if video and not waves and 0 in playing:
                     film.append(envs[0].render()[::2, ::2])
-                for i, action in zip(playing, act(torch.from_numpy(np.stack([obs[i] for i in playing]))).numpy()):
+                seen = np.stack([obs[i] for i in playing])
+                if not np.isfinite(seen).all():
+                    raise RunError(f"an observation of {args.env_id} is NaN or infinite in an evaluation")
+                for i, action in zip(playing, act(seen)):
                     obs[i], reward, terminated, truncated, _ = envs[i].step(action)
                     returns[i] += reward
                     if terminated or truncated:
@@ -510,42 +706,272 @@ def evaluate(
     return np.concatenate(waves)[:episodes]
 
 
+def forked_random_numbers(device: torch.device) -> AbstractContextManager:
+    """Inside, PyTorch's random numbers may be seeded and drawn without a trace outside."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    global_step: int = 0
+    episode: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+    episode_return: float = math.nan
+    rows: list[dict[str, int | float | str]] = field(default_factory=list)  # of evaluations.csv
+
+
+def train(args: Args, given: Collection[str] = (), signals: Sequence[int] = ()) -> dict:
+    """Train one policy; returns a dict, also written to RUN_DIR/result.json.
+
+    Keys: run_dir; global_step; episodic_returns, the list of returns of the final deterministic evaluation;
+    final_return, their mean; env_steps_per_second. Raises RunError for bad arguments and for NaN.
+    `given` names arguments that count as asked for though they equal their defaults. When `signals` is no longer empty,
+    the run raises Stopped: a checkpoint then would end episodes early, and a resumed run would be another one.
+    """
+    with ExitStack() as held:
+        checkpoint = None
+        if args.resume is not None:
+            run_dir = existing_run("--resume", args.resume)
+            held.enter_context(locked(run_dir))
+            args, checkpoint = load_checkpoint("--resume", run_dir, args, given, free=("device", "compile"))
+        args = with_preset(args)
+        check_args(args)
+        torch.set_num_threads(args.num_threads)
+        torch.manual_seed(args.seed)
+        device = choose_device(args)
+        env = SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        obs_size = env.single_observation_space.shape[0]
+        action_size = env.single_action_space.shape[0]
+        learner = Learner(args, obs_size, action_size, device)
+        capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
+        buffer = ReplayBuffer(capacity, Batch((obs_size,), (action_size,), (), (), (obs_size,)), device)
+        progress = Progress()
+        if checkpoint:
+            progress = restore("--resume", run_dir, checkpoint, learner, buffer, device)
+        else:
+            run_dir = create_run(args, args.env_id.replace("/", "-"))
+            held.enter_context(locked(run_dir))
+        return training_loop(args, run_dir, env, learner, buffer, progress, signals)
+
+
+def training_loop(
+    args: Args,
+    run_dir: Path,
+    env: SyncVectorEnv,
+    learner: Learner,
+    buffer: ReplayBuffer,
+    progress: Progress,
+    signals: Sequence[int],
+) -> dict:
+    """Act, store, learn and log, from where `progress` stands to the end."""
+    device = buffer.device
+    update_step = compiled(update, learner) if args.compile else update
+    first_step = progress.global_step
+    started = time.monotonic()
+    last_checkpoint = first_step if first_step else -args.checkpoint_interval
+    writer = start_logging(args, run_dir, first_step)
+    bar = tqdm(total=args.total_timesteps, initial=first_step, unit="step", desc=args.env_id, mininterval=1)
+
+    def seconds() -> float:
+        return progress.seconds + time.monotonic() - started
+
+    def save() -> None:
+        check_finite(learner.named_parameters(), progress.global_step)
+        save_checkpoint(run_dir, args, replace(progress, seconds=seconds()), learner, buffer)
+
+    def log_evaluation(episodes: int, video: Path | None = None) -> np.ndarray:
+        for mode, act in ways_to_play(learner).items():
+            film = video if mode == "deterministic" else None
+            returns = evaluate(act, args, episodes, progress.global_step, film, device)
+            mean, std = float(returns.mean()), float(returns.std())
+            row = progress.global_step, round(seconds(), 1), mode, mean, std, episodes
+            progress.rows.append(dict(zip(EVALUATION_COLUMNS, row)))
+            writer.add_scalar(f"returns/{mode}", mean, progress.global_step)
+        write_evaluations(run_dir, progress.rows)
+        return returns  # of the deterministic policy
+
+    def due(interval: int) -> bool:
+        return progress.global_step // interval > (progress.global_step - args.num_envs) // interval
+
+    obs = None
+    metrics = {}
+    while progress.global_step < args.total_timesteps:
+        # A checkpoint cannot hold the state of any environment, so there all copies start anew, interrupted or not.
+        if progress.global_step - last_checkpoint >= args.checkpoint_interval:
+            save()
+            last_checkpoint = progress.global_step
+            obs = None
+        if signals:
+            bar.close()
+            checkpoint = f"the last checkpoint is from step {last_checkpoint}; go on with --resume {run_dir}"
+            raise Stopped(f"stopped at step {progress.global_step}; {checkpoint}")
+        if obs is None:
+            seeds = episode_seeds(0, args.seed, progress.episode, args.num_envs)
+            obs, _ = env.reset(seed=seeds.tolist())
+            check_finite([("an observation", obs)], progress.global_step)
+            (obs,) = to_device([obs], device)
+            returns = np.zeros(args.num_envs)
+            progress.episode += 1
+
+        # Act.
+        if progress.global_step < args.learning_starts:
+            actions = 2 * torch.rand(args.num_envs, learner.policy.action_size, device=device) - 1
+        else:
+            actions = learner.act(obs, args.behavior_candidates)
+        played = actions.cpu().numpy()
+        check_finite([("the action", played)], progress.global_step)
+        next_obs, reward, terminated, truncated, _ = env.step(played)
+        progress.global_step += args.num_envs
+
+        # Store.
+        check_finite([("an observation", next_obs), ("the reward", reward)], progress.global_step)
+        returns += reward
+        next_obs, reward, stored_terminated = to_device([next_obs, reward, terminated], device)
+        buffer.add(obs, actions, reward, stored_terminated, next_obs)
+        obs = next_obs
+        ended = terminated | truncated
+        if ended.any():
+            progress.episode_return = float(returns[ended].mean())
+            returns[ended] = 0
+            obs, _ = env.reset(options={"reset_mask": ended})
+            check_finite([("an observation", obs)], progress.global_step)
+            (obs,) = to_device([obs], device)
+
+        # Learn.
+        while args.learning_starts + progress.updates * args.steps_per_update < progress.global_step:
+            policy_too = progress.updates % args.policy_frequency == 0
+            fresh = buffer.sample(args.batch_size).obs if policy_too else None
+            weight = entropy_coefficient(args, progress.global_step)
+            entropy_weight = torch.full((), weight, device=device) if weight > 0 else None
+            results = update_step(learner, buffer.sample(args.batch_size), fresh, entropy_weight)
+            metrics |= {name: value.clone() for name, value in results.items()}  # a CUDA graph overwrites its own
+            progress.updates += 1
+
+        # Log.
+        bar.update(args.num_envs)
+        if due(args.log_interval) and metrics:
+            scalars = {name: float(value) for name, value in metrics.items()}
+            check_finite(scalars.items(), progress.global_step)
+            scalars["policy/entropy_coefficient"] = entropy_coefficient(args, progress.global_step)
+            scalars["steps_per_second"] = (progress.global_step - first_step) / (time.monotonic() - started)
+            scalars["returns/training"] = progress.episode_return
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, progress.global_step)
+            bar.set_postfix({"return": f"{progress.episode_return:.2f}"})
+            metrics = {}
+        if due(args.eval_interval) and progress.global_step < args.total_timesteps:
+            log_evaluation(args.eval_episodes)
+
+    save()
+    env_steps_per_second = (progress.global_step - first_step) / (time.monotonic() - started)
+    episodic_returns = log_evaluation(args.final_eval_episodes, run_dir / "final.gif" if args.capture_video else None)
+    bar.close()
+    writer.close()
+    result = {
+        "run_dir": str(run_dir),
+        "global_step": progress.global_step,
+        "final_return": float(episodic_returns.mean()),
+        "episodic_returns": episodic_returns.tolist(),
+        "env_steps_per_second": env_steps_per_second,
+    }
+    versions = {package: version(package) for package in ("torch", "numpy", "gymnasium", "mujoco")}
+    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
+    return result
+
+
 # ------------------------------------------------------------------------------------------------- files of a run
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the type that a field's annotation names; True and False are no numbers here."""
+    try:
+        check_type(value, annotation, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        return False
+    return isinstance(value, bool) == (annotation is bool)
+
+
+def require(args: Args, name: str, valid: bool, choices: str) -> None:
+    """Raise RunError, naming the argument and what it must be, unless it is valid."""
+    if not valid:
+        raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)!r} is not valid; it must be {choices}")
+
+
+def check_types(args: Args, smallest: dict[str, int]) -> None:
+    """Raise RunError for the first argument of another type than its field, and for whole numbers out of bounds.
+
+    These lie from `smallest`, or 1 where it does not name them, to 4294967295.
+    """
+    for argument in fields(args):
+        value = getattr(args, argument.name)
+        valid = fits(value, argument.type)
+        require(args, argument.name, valid, f"of type {formatannotation(argument.type)}")
+        if fits(value, int):
+            low = smallest.get(argument.name, 1)
+            require(args, argument.name, low <= value < 2**32, f"a whole number from {low} to {2**32 - 1}")
 
 
 def check_args(args: Args) -> None:
     """Raise RunError for the first argument that makes no sense."""
-
-    def require(name: str, valid: bool, choices: str) -> None:
-        if not valid:
-            raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)} is not valid; it must be {choices}")
-
-    for field in fields(args):
-        smallest = {"seed": 0, "learning_starts": 0, "num_candidates": 2}.get(field.name, 1)
-        if field.type in (int, int | None):
-            require(field.name, getattr(args, field.name) >= smallest, f"a whole number of at least {smallest}")
-    require("buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")
+    check_types(args, {"seed": 0, "learning_starts": 0, "num_candidates": 2})
+    check_run_args(args)
+    require(args, "learning_starts", args.learning_starts < args.total_timesteps, "below --total-timesteps")
+    require(args, "buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")
+    require(args, "batch_size", args.batch_size <= args.buffer_size, f"at most --buffer-size, {args.buffer_size}")
     for name in ("critic_lr", "actor_lr", "max_grad_norm"):
-        require(name, 0 < getattr(args, name) < math.inf, "a number above 0")
-    require("gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
-    require("tau", 0 < args.tau <= 1, "a number above 0, at most 1")
+        require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
+    require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
+    require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
     for name in ("entropy_coefficient", "min_entropy_coefficient"):
-        require(name, 0 <= getattr(args, name) < math.inf, "a number of at least 0")
+        require(args, name, 0 <= getattr(args, name) <= 1e6, "a number from 0 to 1e6")
     if args.capture_video:
         try:
             env = make_env(args.env_id, "rgb_array")
             env.reset()
             env.render()
             env.close()
+        except RunError:
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}; on a machine without a display, MUJOCO_GL=egl or osmesa may help"
             raise RunError(f"--capture-video: {args.env_id} cannot be drawn here ({reason})") from None
 
 
-def check_finite(named_values: Iterable[tuple[str, Tensor]], global_step: int) -> None:
+def check_run_args(args: Args) -> None:
+    """Raise RunError for the first argument of a run, rather than of an algorithm, that makes no sense."""
+    require(args, "exp_name", re.fullmatch(r"[\w.-]+", args.exp_name), "letters, digits, and the signs _ . -")
+    cuda = torch.cuda.is_available()
+    require(args, "device", args.device != "cuda" or cuda, "auto or cpu on this machine, where PyTorch finds no CUDA")
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise RunError("--track needs Weights & Biases: pip install wandb, or drop the flag") from None
+    if args.compile:
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            raise RunError("--compile: there is no C++ compiler; install one, such as g++, or drop the flag") from None
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device that --device names; auto is CUDA if there is one."""
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def check_finite(named_values: Iterable[tuple[str, Any]], global_step: int) -> None:
     """Stop the run if a value is NaN or infinite. Called before every checkpoint, so that no checkpoint holds one."""
     for name, value in named_values:
-        if not value.isfinite().all():
+        if not torch.as_tensor(value).isfinite().all():
             raise RunError(f"{name} is NaN or infinite at step {global_step}; the last checkpoint is from before")
 
 
@@ -554,37 +980,157 @@ def run_arguments(args: Args) -> dict:
     return {k: v for k, v in asdict(args).items() if k not in ("resume", "evaluate", "capture_video", "track")}
 
 
-def save_checkpoint(run_dir: Path, contents: dict) -> None:
-    """Write checkpoint.pt so that a kill at any moment leaves a whole one, the old or the new."""
-    torch.save(contents, run_dir / "checkpoint.pt.tmp")
-    os.replace(run_dir / "checkpoint.pt.tmp", run_dir / "checkpoint.pt")
+def create_run(args: Args, task: str) -> Path:
+    """A new run folder with the arguments in it."""
+    run_dir = Path("runs") / f"{args.exp_name}__{task}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+    return run_dir
 
 
-def load_checkpoint(flag: str, run_dir: Path, args: Args, free: tuple[str, ...] = ()) -> tuple[Args, dict]:
+def existing_run(flag: str, folder: str) -> Path:
+    """A run folder by its name. Raises RunError, naming those there are, unless it holds a checkpoint."""
+    if folder and (Path(folder) / "checkpoint.pt").is_file():
+        return Path(folder)
+    runs = ", ".join(str(path.parent) for path in sorted(Path("runs").glob("*/checkpoint.pt"))) or "none yet"
+    raise RunError(f"{flag}: there is no checkpoint.pt in {folder!r}; run folders here: {runs}")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in this run folder. Raises RunError if one does."""
+    path = run_dir / "lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = path.read_text() or "another process"
+        raise RunError(f"--resume: {run_dir} is in use by {owner}; wait for its end or stop it") from None
+    with lock:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+
+
+def save_checkpoint(run_dir: Path, args: Args, progress: Progress, learner: Learner, buffer: ReplayBuffer) -> None:
+    """Write checkpoint.pt so that a kill at any moment, or a full disk, leaves a whole one, the old or the new."""
+    contents = {
+        "script": SCRIPT,
+        "args": run_arguments(args),
+        "progress": asdict(progress),
+        "learner": learner.state_dict(),
+        "optimizers": [list(optimizer.state.values()) for optimizer in learner.optimizers()],
+        "buffer": buffer.state_dict(),
+        **random_state(next(learner.parameters()).device),
+    }
+    path = run_dir / "checkpoint.pt.tmp"
+    try:
+        torch.save(contents, path)
+        os.replace(path, run_dir / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's own, at a full disk
+        path.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path} ({error}); the checkpoint before stays") from None
+
+
+@contextmanager
+def damage_reported(flag: str, run_dir: Path) -> Iterator[None]:
+    """Whatever a truncated, changed or foreign checkpoint raises becomes one sentence."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        reason = f"{run_dir / 'checkpoint.pt'} is damaged ({type(error).__name__}); choose another run folder"
+        raise RunError(f"{flag}: {reason}") from None
+
+
+def load_checkpoint(
+    flag: str, run_dir: Path, args: Args, given: Collection[str], free: Collection[str]
+) -> tuple[Args, dict]:
     """A run's arguments and the contents of its checkpoint. Loading executes no code (weights_only).
 
-    Raises RunError if the checkpoint is missing, damaged or another script's, or if `args` ask for another run than
-    the one it holds. Arguments named in `free` may differ.
+    Raises RunError if the checkpoint is damaged or another script's, or if `args` ask for another run than the one it
+    holds: by arguments that are in `given` or differ from their defaults. Those in `free` may differ.
     """
     path = run_dir / "checkpoint.pt"
-    if not path.is_file():
-        runs = ", ".join(str(p.parent) for p in sorted(Path("runs").glob(f"{SCRIPT}__*/checkpoint.pt"))) or "none yet"
-        raise RunError(f"{flag}: there is no checkpoint.pt in {str(run_dir)!r}; run folders here: {runs}")
-    try:
-        checkpoint = torch.load(path, weights_only=True)
-        script, stored = checkpoint["script"], checkpoint["args"]
-    except Exception as error:  # whatever torch.load raises at a truncated or foreign file
-        raise RunError(f"{flag}: {path} is damaged ({type(error).__name__}); choose another run folder") from None
+    with damage_reported(flag, run_dir):
+        if zipfile.ZipFile(path).testzip():  # PyTorch does not compare the checksums
+            raise ValueError("checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, stored = checkpoint["script"], dict(checkpoint["args"])
     if script != SCRIPT:
-        raise RunError(f"{flag}: {path} belongs to {script}.py; choose a folder named runs/{SCRIPT}__...")
+        raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another run folder")
     if stored.keys() != run_arguments(args).keys():
         raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another run folder")
-    asked = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+    asked = {item.name for item in fields(args) if getattr(args, item.name) != item.default} | set(given)
     for name in (asked & stored.keys()) - set(free):
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"
         if ours != theirs:
             raise RunError(f"{flag}: {run_dir} ran with {option} {theirs}, not {ours}; drop {option}")
+    if "env_id" not in asked and ":" in str(stored.get("env_id")):  # gym.make would import what stands before the colon
+        raise RunError(f"{flag}: {path} names a module to import, {stored['env_id']}; to trust it, name it by --env-id")
     return replace(args, **{name: value for name, value in stored.items() if name not in asked}), checkpoint
+
+
+@torch.no_grad()
+def copy_into(ours: Any, stored: Any) -> None:
+    """Copy nested dicts and lists of tensors onto ours. ValueError unless names, shapes and types are the same, or at
+    a NaN or infinite value."""
+    if isinstance(ours, Tensor):
+        if (ours.shape, ours.dtype) != (stored.shape, stored.dtype) or not stored.isfinite().all():
+            raise ValueError("another shape or type, or NaN")
+        ours.copy_(stored)
+    elif isinstance(ours, dict):
+        if ours.keys() != stored.keys():
+            raise ValueError("other names")
+        for name, value in ours.items():
+            copy_into(value, stored[name])
+    else:
+        for value, theirs in zip(ours, stored, strict=True):
+            copy_into(value, theirs)
+
+
+def read_progress(stored: dict) -> Progress:
+    """Where a checkpoint stands. Raises KeyError, TypeError or ValueError unless all is there, and possible."""
+    progress = Progress(**stored)
+    types = all(fits(stored[item.name], item.type) for item in fields(Progress))
+    counts = [value for value in stored.values() if fits(value, int)]
+    positive = math.isfinite(progress.seconds) and min(*counts, progress.seconds) >= 0
+    columns = all(tuple(row) == EVALUATION_COLUMNS for row in progress.rows)
+    values = all(isinstance(value, str) == (name == "mode") for row in progress.rows for name, value in row.items())
+    if not (types and positive and columns and values):
+        raise ValueError("progress")
+    return progress
+
+
+def restore(
+    flag: str, run_dir: Path, checkpoint: dict, learner: Learner, buffer: ReplayBuffer, device: torch.device
+) -> Progress:
+    """Bring learner, buffer and random numbers to where the checkpoint stands. Raises RunError if it is damaged."""
+    with damage_reported(flag, run_dir):
+        progress = read_progress(checkpoint["progress"])
+        copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
+        copy_into([list(optimizer.state.values()) for optimizer in learner.optimizers()], checkpoint["optimizers"])
+        buffer.load_state_dict(checkpoint["buffer"])
+        set_random_state(checkpoint, device, learner.args.seed + progress.global_step)
+    return progress
+
+
+def random_state(device: torch.device) -> dict:
+    """PyTorch's random numbers on the device, for a checkpoint."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return {"device": device.type, "rng": state}
+
+
+def set_random_state(checkpoint: dict, device: torch.device, seed: int) -> None:
+    """Go on with the checkpoint's random numbers or, if they are another kind of device's, with new ones."""
+    if checkpoint["device"] not in ("cpu", "cuda"):
+        raise ValueError("device")
+    if checkpoint["device"] != device.type:
+        torch.manual_seed(seed)
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(checkpoint["rng"], device)
+    else:
+        torch.set_rng_state(checkpoint["rng"])
 
 
 def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
@@ -596,185 +1142,92 @@ def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
     os.replace(run_dir / "evaluations.csv.tmp", run_dir / "evaluations.csv")
 
 
-def start_tracking(args: Args, run_dir: Path) -> None:
-    """Mirror TensorBoard's scalars to Weights & Biases."""
-    try:
+def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
+    """TensorBoard's writer, with the arguments as a table in its text tab; --track mirrors it to Weights & Biases."""
+    if args.track:
         import wandb
-    except ImportError:
-        raise RunError("--track needs Weights & Biases: pip install wandb, or drop --track") from None
-    wandb.init(project=args.wandb_project_name, name=run_dir.name, config=run_arguments(args), sync_tensorboard=True)
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=run_dir.name,
+            config=run_arguments(args),
+            sync_tensorboard=True,
+        )
+    writer = SummaryWriter(run_dir, purge_step=global_step)
+    table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
+    writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
+    return writer
 
 
-# -------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------------- command line
 
 
-def train(args: Args) -> dict:
-    """Train one policy; returns a dict, also written to RUN_DIR/result.json.
-
-    Keys: run_dir; global_step; episodic_returns, the list of returns of the final deterministic evaluation;
-    final_return, their mean; env_steps_per_second. Raises RunError for bad arguments and for NaN.
-    """
-    checkpoint = None
-    if args.resume:
-        run_dir = Path(args.resume)
-        args, checkpoint = load_checkpoint("--resume", run_dir, args)
+def play(args: Args, given: Collection[str] = ()) -> None:
+    """--evaluate: play a run's policy and print its returns."""
+    run_dir = existing_run("--evaluate", args.evaluate)
+    free = ("seed", "final_eval_episodes", "num_threads", "device", "compile")
+    args, checkpoint = load_checkpoint("--evaluate", run_dir, args, given, free)
     args = with_preset(args)
     check_args(args)
     torch.set_num_threads(args.num_threads)
-    torch.manual_seed(args.seed)
-    env = SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=AutoresetMode.DISABLED)
-    sizes = env.single_observation_space.shape[0], env.single_action_space.shape[0]
-    learner = Learner(args, *sizes)
-    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
-    buffer = ReplayBuffer(capacity, Batch(sizes[:1], sizes[1:], (), (), sizes[:1]))
-    global_step, episode, updates, seconds, episode_return, rows = 0, 0, 0, 0.0, math.nan, []
-    if checkpoint:
-        learner.load_state_dict(checkpoint["learner"])
-        for optimizer, state in zip(learner.optimizers(), checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        buffer.load_state_dict(checkpoint["buffer"])
-        torch.set_rng_state(checkpoint["rng"])
-        global_step, episode, updates, seconds, episode_return, rows = checkpoint["progress"]
-    else:
-        name = f"{SCRIPT}__{args.env_id.replace('/', '-')}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        run_dir = Path("runs") / name
-        run_dir.mkdir(parents=True)
-        (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
-    if args.track:
-        start_tracking(args, run_dir)
-    writer = SummaryWriter(run_dir, purge_step=global_step)
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", desc=args.env_id, mininterval=1)
-    first_step, started = global_step, time.monotonic()
-    last_checkpoint = global_step if checkpoint else -args.checkpoint_interval
-
-    def save() -> None:
-        check_finite(learner.named_parameters(), global_step)
-        contents = {
-            "script": SCRIPT,
-            "args": run_arguments(args),
-            "progress": [global_step, episode, updates, seconds + time.monotonic() - started, episode_return, rows],
-            "learner": learner.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers()],
-            "buffer": buffer.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-        save_checkpoint(run_dir, contents)
-
-    def log_evaluation(episodes: int, video: Path | None = None) -> np.ndarray:
-        for mode, act in ways_to_play(learner).items():
-            returns = evaluate(act, args, episodes, global_step, video if mode == "deterministic" else None)
-            time_taken = round(seconds + time.monotonic() - started, 1)
-            mean, std = float(returns.mean()), float(returns.std())
-            rows.append(dict(zip(EVALUATION_COLUMNS, (global_step, time_taken, mode, mean, std, episodes))))
-            writer.add_scalar(f"returns/{mode}", mean, global_step)
-        write_evaluations(run_dir, rows)
-        return returns  # of the deterministic policy
-
-    def due(interval: int) -> bool:
-        return global_step // interval > previous_step // interval
-
-    obs, metrics = None, {}
-    while global_step < args.total_timesteps:
-        # A checkpoint cannot hold the state of any environment, so there all copies start anew, interrupted or not.
-        if obs is None or global_step - last_checkpoint >= args.checkpoint_interval:
-            if global_step - last_checkpoint >= args.checkpoint_interval:
-                save()
-                last_checkpoint = global_step
-            seeds, returns = episode_seeds(0, args.seed, episode, args.num_envs), np.zeros(args.num_envs)
-            obs = env.reset(seed=seeds.tolist())[0]
-            episode += 1
-
-        # Act.
-        if global_step < args.learning_starts:
-            actions = 2 * torch.rand(args.num_envs, sizes[1]) - 1
-        else:
-            actions = learner.act(torch.from_numpy(obs), args.behavior_candidates)
-        check_finite([("the action", actions)], global_step)
-        next_obs, reward, terminated, truncated, _ = env.step(actions.numpy())
-        previous_step, global_step = global_step, global_step + args.num_envs
-
-        # Store.
-        check_finite([("the reward", torch.from_numpy(reward))], global_step)
-        buffer.add(*map(torch.as_tensor, (obs, actions, reward, terminated, next_obs)))
-        returns += reward
-        ended = terminated | truncated
-        if ended.any():
-            episode_return = float(returns[ended].mean())
-            next_obs, returns = env.reset(options={"reset_mask": ended})[0], np.where(ended, 0, returns)
-        obs = next_obs
-
-        # Learn.
-        while args.learning_starts + updates * args.steps_per_update < global_step:
-            fresh = buffer.sample(args.batch_size).obs if updates % args.policy_frequency == 0 else None
-            metrics |= update(learner, buffer.sample(args.batch_size), fresh, entropy_coefficient(args, global_step))
-            updates += 1
-
-        # Log.
-        progress.update(args.num_envs)
-        if due(args.log_interval) and metrics:
-            check_finite(metrics.items(), global_step)
-            metrics["policy/entropy_coefficient"] = entropy_coefficient(args, global_step)
-            metrics["steps_per_second"] = (global_step - first_step) / (time.monotonic() - started)
-            metrics["returns/training"] = episode_return
-            for name, value in metrics.items():
-                writer.add_scalar(name, float(value), global_step)
-            progress.set_postfix({"return": f"{episode_return:.2f}"})
-            metrics = {}
-        if due(args.eval_interval) and global_step < args.total_timesteps:
-            log_evaluation(args.eval_episodes)
-
-    save()
-    env_steps_per_second = (global_step - first_step) / (time.monotonic() - started)
-    episodic_returns = log_evaluation(args.final_eval_episodes, run_dir / "final.gif" if args.capture_video else None)
-    progress.close()
-    writer.close()
-    result = {
-        "run_dir": str(run_dir),
-        "global_step": global_step,
-        "final_return": float(episodic_returns.mean()),
-        "episodic_returns": episodic_returns.tolist(),
-        "env_steps_per_second": env_steps_per_second,
-    }
-    versions = {package: version(package) for package in ("torch", "numpy", "gymnasium", "mujoco")}
-    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
-    return result
-
-
-def ways_to_play(learner: Learner) -> dict[str, Callable[[Tensor], Tensor]]:
-    """stochastic: as while training, the best of K_b candidates; deterministic: the best of many, hardly random."""
-    return {
-        "stochastic": lambda obs: learner.act(obs, learner.args.behavior_candidates),
-        "deterministic": lambda obs: learner.act(obs, learner.args.eval_candidates),
-    }
-
-
-def play(args: Args) -> None:
-    """--evaluate: play a run's policy and print its returns."""
-    run_dir = Path(args.evaluate)
-    args, checkpoint = load_checkpoint("--evaluate", run_dir, args, free=("seed", "final_eval_episodes", "num_threads"))
-    check_args(args)
+    device = choose_device(args)
     env = make_env(args.env_id)
-    learner = Learner(args, env.observation_space.shape[0], env.action_space.shape[0])
-    learner.load_state_dict(checkpoint["learner"])
+    learner = Learner(args, env.observation_space.shape[0], env.action_space.shape[0], device)
+    with damage_reported("--evaluate", run_dir):
+        copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
     for mode, act in ways_to_play(learner).items():
         video = run_dir / f"{mode}.gif" if args.capture_video else None
-        returns = evaluate(act, args, args.final_eval_episodes, args.seed, video)
+        returns = evaluate(act, args, args.final_eval_episodes, args.seed, video, device)
         print(f"{mode:13s} return {returns.mean():.2f} +- {returns.std():.2f} (std) over {len(returns)} episodes")
         if video:
             print(f"{'':13s} video {video}")
 
 
-def main(args: Args) -> None:
-    """What the command line asks for; RunError becomes one line on standard error and exit code 1."""
+def read_command_line() -> tuple[Args, set[str]]:
+    """The arguments, with --help in the groups that Args is made of, and the names of those that were given."""
+    groups = [(group.__name__, group, field(default_factory=group)) for group in reversed(Args.__bases__)]
+    parsed = tyro.cli(make_dataclass("Groups", groups), description=Args.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    flags = {word[2:].split("=")[0].replace("-", "_").removeprefix("no_") for word in sys.argv if word[:2] == "--"}
+    return Args(**values), flags & values.keys()
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
+    signals = []
+
+    def note(number: int, frame: Any) -> None:
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping where a checkpoint allows it; the same signal again stops at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if args.evaluate:
-            play(args)
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(args: Args, given: Collection[str] = ()) -> None:
+    """What the command line asks for; a failure is one line on standard error and exit code 1, a signal 128 + n."""
+    try:
+        if args.evaluate is not None:
+            play(args, given)
         else:
-            result = train(args)
+            with noted_signals() as signals:
+                result = train(args, given, signals)
             print(f"final return {result['final_return']:.2f}, run folder {result['run_dir']}")
-    except RunError as error:
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + signals[0]) from None
+    except KeyboardInterrupt:  # while playing
+        raise SystemExit(130) from None
+    except (RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(*read_command_line())

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
@@ -22,22 +21,23 @@ import bang_bang  # noqa: E402
 
 def actions_played(run_dir: Path) -> dict[str, np.ndarray]:
     """For each way to play all actions of five episodes."""
-    args, checkpoint = bang_bang.load_checkpoint("--evaluate", run_dir, bang_bang.Args())
+    args, checkpoint = bang_bang.load_checkpoint("--evaluate", run_dir, bang_bang.Args(), given=(), free=())
     env = bang_bang.make_costly_env(args)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
-    learner, normalizer = bang_bang.Learner(args, *sizes), bang_bang.Normalizer(sizes[0], 1, args.gamma)
+    learner = bang_bang.Learner(args, *sizes)
+    normalizer = bang_bang.Normalizer(sizes[0], 1, args.gamma)
     learner.load_state_dict(checkpoint["learner"])
     normalizer.load_state_dict(checkpoint["normalizer"])
     played = {}
     for mode, act in bang_bang.ways_to_play(learner, normalizer).items():
         actions = []
 
-        def recorded(obs: np.ndarray, act=act, actions=actions) -> torch.Tensor:
+        def recorded(obs: np.ndarray, act=act, actions=actions) -> np.ndarray:
             actions.append(act(obs))
             return actions[-1]
 
         bang_bang.evaluate(recorded, args, 5, seed=0)
-        played[mode] = torch.cat(actions).flatten().numpy()
+        played[mode] = np.concatenate(actions).flatten()
     return played
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     heads = {}
     for run_dir in sorted(runs.glob(f"bang_bang__{task.replace('/', '-')}__*")):
         args = json.loads((run_dir / "args.json").read_text())
-        if args["squash"] == "clip" and not args["entropy_coefficient"]:
+        if args["squash"] == "clip" and not args["ent_coef"]:
             played = actions_played(run_dir)
             print(f"{args['policy']:11s} seed {args['seed']}  mean a^2 {np.square(played['deterministic']).mean():.3f}")
             if args["seed"] == 1:

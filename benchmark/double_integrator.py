@@ -85,11 +85,13 @@ def grid_of_starts() -> np.ndarray:
 def trained_force(seed: int = 1, **options):
     """Train a Bernoulli policy; the force [B, 1] that its mode applies at states [B, 2]."""
     result = bang_bang.train(bang_bang.Args(seed=seed, **SETTINGS | options))
-    args, checkpoint = bang_bang.load_checkpoint("--evaluate", Path(result["run_dir"]), bang_bang.Args())
-    learner, normalizer = bang_bang.Learner(args, 2, 1), bang_bang.Normalizer(2, 1, args.gamma)
+    run_dir = Path(result["run_dir"])
+    args, checkpoint = bang_bang.load_checkpoint("--evaluate", run_dir, bang_bang.Args(), given=(), free=())
+    learner = bang_bang.Learner(args, 2, 1)
+    normalizer = bang_bang.Normalizer(2, 1, args.gamma)
     learner.load_state_dict(checkpoint["learner"])
     normalizer.load_state_dict(checkpoint["normalizer"])
-    return lambda states: learner.act(normalizer(states), deterministic=True).numpy()
+    return bang_bang.ways_to_play(learner, normalizer)["deterministic"]
 
 
 def main() -> None:

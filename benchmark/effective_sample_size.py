@@ -10,6 +10,7 @@ Writes benchmark/results/mamujoco/effective_sample_size.csv and prints it.
 """
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from ddpl_mamujoco import issm_weights, propose_actions, random_blocks  # noqa: E402
 
 GRID = torch.linspace(-1, 1, 4001, dtype=torch.float64)
-PROPOSALS = {  # name: number of uniform candidates, number per kernel (0.1 and 0.3), block size, Langevin drift
+PROPOSALS = {  # name: number of uniform candidates, number per kernel (0.1 and 0.3), block size, uphill
     "uniform": (16, 0, 9, False),
     "kernels and 4 uniform": (4, 6, 9, False),
     "kernels": (0, 8, 9, False),
@@ -51,23 +52,39 @@ def entropy(temperature: float) -> float:
     return float(-(share * (share / (GRID[1] - GRID[0])).log()).sum())
 
 
+def propose_uphill(anchor: Tensor, temperature: float, num_per_kernel: int) -> tuple[Tensor, Tensor]:
+    """propose_actions without uniform candidates, the anchor moved uphill before: by each kernel's own Langevin step.
+
+    That is sigma^2 / 2 of the log-density's gradient, at most one sigma long.
+    """
+    slope = torch.autograd.functional.jacobian(lambda a: energy(a).sum() / temperature, anchor)
+    width = SIGMAS.view(-1, 1, 1, 1)
+    drift = width**2 / 2 * slope
+    drift = drift * (width / drift.norm(dim=-1, keepdim=True).clamp(min=1e-8)).clamp(max=1)
+    centre = (anchor + drift).clamp(-1, 1)[:, :, None]  # [J, N, 1, B, D]
+    width = width[..., None]
+    kernel = centre + width * torch.randn(len(SIGMAS), 1, num_per_kernel, *anchor.shape[1:])
+    kernel = kernel - 2 * (kernel - 1).clamp(min=0) - 2 * (kernel + 1).clamp(max=0)
+    candidates = kernel.clamp(-1, 1).transpose(0, 1).flatten(1, 2)
+    images = torch.stack([centre, 2 - centre, -2 - centre])
+    log_images = -0.5 * ((candidates - images) / width) ** 2 - (width * math.sqrt(2 * math.pi)).log()
+    return candidates, log_images.logsumexp(0).sum(-1).logsumexp(0) - math.log(len(SIGMAS))
+
+
 def propose_and_weigh(
     share: Tensor, dimensions: int, temperature: float, proposal: tuple[int, int, int, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Candidates, their weights, the estimated entropy and the proposed block; anchors are drawn from share."""
-    num_uniform, num_per_kernel, block_size, langevin = proposal
+    num_uniform, num_per_kernel, block_size, uphill = proposal
     rows = share.multinomial(STATES * dimensions, replacement=True)
     anchor = GRID[rows].float().view(1, STATES, dimensions)
-    drift = torch.zeros(len(SIGMAS), 1, STATES, dimensions)
-    if langevin:  # sigma^2 / 2 of the log-density's gradient, at most one sigma long
-        slope = torch.autograd.functional.jacobian(lambda a: energy(a).sum() / temperature, anchor)
-        width = SIGMAS.view(-1, 1, 1, 1)
-        drift = width**2 / 2 * slope
-        drift = drift * (width / drift.norm(dim=-1, keepdim=True).clamp(min=1e-8)).clamp(max=1)
     block = random_blocks(torch.ones(1, dimensions), block_size)
-    candidates, log_q = propose_actions(anchor, drift, SIGMAS, num_uniform, num_per_kernel, block)
-    candidates = candidates + (anchor * (1 - block[:, None]))[:, None]
-    weights, _, estimate = issm_weights(energy(candidates).sum(-1), log_q, torch.tensor([temperature]))
+    if uphill:  # all dimensions at once
+        candidates, log_proposal = propose_uphill(anchor, temperature, num_per_kernel)
+    else:
+        candidates, log_proposal = propose_actions(anchor, SIGMAS, num_uniform, num_per_kernel, block)
+        candidates = candidates + (anchor * (1 - block[:, None]))[:, None]
+    weights, estimate = issm_weights(energy(candidates).sum(-1), log_proposal, torch.tensor([temperature]))
     return candidates, weights, estimate, block
 
 

@@ -22,9 +22,9 @@ class PublishedActor(nn.Module):
     def __init__(self, policy: nn.Module, activation: Callable):
         super().__init__()
         self.activation, self.num_steps, self.action_size = activation, policy.num_steps, policy.action_size
-        self.time = deepcopy(nn.ModuleList([policy.time[0], policy.time[2]]))
+        self.time = deepcopy(nn.ModuleList([policy.embedding[0], policy.embedding[2]]))
         first = nn.Linear(self.action_size + TIME_FEATURES + policy.observation.in_features, policy.epsilon.in_features)
-        parts = policy.noisy_action, policy.step, policy.observation
+        parts = policy.noisy_action, policy.time, policy.observation
         first.weight.data = torch.cat([part.weight.data for part in parts], 1)
         first.bias.data = policy.observation.bias.data.clone()
         self.layers = nn.ModuleList([first, *deepcopy(policy.hidden), deepcopy(policy.epsilon)])

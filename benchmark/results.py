@@ -46,7 +46,7 @@ def place(args: dict) -> tuple[str, str, str]:
         return "mpe", task + (f"_N{args['num_agents'] or 3}" if task == "simple_spread_v3" else ""), args["policy"]
     if args["script"] == "bang_bang":
         squash = "-tanh" if args["squash"] == "tanh" else ""
-        entropy = f"-entropy{args['entropy_coefficient']}" if args["entropy_coefficient"] else ""
+        entropy = f"-entropy{args['ent_coef']}" if args["ent_coef"] else ""
         return "bang_bang", task, args["policy"] + squash + entropy
     return "qvpo", task, args["script"] + ("-bfloat16" if args.get("bfloat16") else "")
 

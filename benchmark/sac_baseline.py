@@ -48,8 +48,8 @@ class Evaluations(BaseCallback):
     def evaluate(self, episodes: int) -> np.ndarray:
         for mode in ("stochastic", "deterministic"):
 
-            def act(obs: torch.Tensor, deterministic: bool = mode == "deterministic") -> torch.Tensor:
-                return torch.from_numpy(self.model.predict(obs.numpy(), deterministic=deterministic)[0])
+            def act(obs: np.ndarray, deterministic: bool = mode == "deterministic") -> np.ndarray:
+                return self.model.predict(obs, deterministic=deterministic)[0]
 
             returns = qvpo.evaluate(act, self.args, episodes, self.num_timesteps)
             values = (

@@ -1,7 +1,7 @@
 """Speed of the scripts as ratios, each of things measured side by side in this run (absolute times drift).
 
 python benchmark/speed.py           # some five minutes on an idle machine, most of them compiling ddpl_smax_jax.py
-python benchmark/speed.py smax      # one part alone: mpe, mamujoco, isaaclab, qvpo or smax
+python benchmark/speed.py smax      # one part alone: mpe, compiled, mamujoco, isaaclab, qvpo or smax
 python benchmark/speed.py --full    # also the default run of ddpl_mpe.py, for its time and memory: some minutes more
 """
 
@@ -47,14 +47,16 @@ def medians(repeats: int, warm_up: int = 5, **functions) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def spread_update(policy: str, num_agents: int):
+def spread_update(policy: str, num_agents: int, device: str = "cpu"):
     """A learner for simple_spread_v3 at the defaults and a batch of that shape."""
     args = ddpl_mpe.Args(policy=policy)
     obs_size = 4 + 2 * num_agents + 4 * (num_agents - 1)
-    learner = ddpl_mpe.Learner(args, num_agents, obs_size, 2, num_agents * obs_size, torch.ones(num_agents, 2))
+    mask = torch.ones(num_agents, 2, device=device)
+    learner = ddpl_mpe.Learner(args, num_agents, obs_size, 2, num_agents * obs_size, mask)
     obs, next_obs = torch.randn(2, num_agents, args.batch_size, obs_size)
     actions = 2 * torch.rand(num_agents, args.batch_size, 2) - 1
-    return learner, ddpl_mpe.Batch(obs, actions, torch.randn(args.batch_size), torch.zeros(args.batch_size), next_obs)
+    columns = obs, actions, torch.randn(args.batch_size), torch.zeros(args.batch_size), next_obs
+    return learner, ddpl_mpe.Batch(*(column.to(device) for column in columns))
 
 
 def measure_mpe() -> None:
@@ -75,6 +77,42 @@ def measure_mpe() -> None:
     with torch.no_grad():
         ms = medians(300, score=lambda: learner.local_critic(obs, candidates), gemm=lambda: torch.bmm(rows, weight))
     print(f"candidate scoring, share of a bare GEMM's rate   {ms['gemm'] / ms['score']:.0%}  (at least 50 %)")
+
+
+def finished(update, learner, batch):
+    """A function that does an update and, on a GPU, waits for its end."""
+
+    def call() -> None:
+        update(learner, batch)
+        if batch.reward.is_cuda:
+            torch.cuda.synchronize()
+
+    return call
+
+
+def measure_compiled() -> None:
+    """ddpl_mpe.py: the update through torch.compile against the eager one, on every device there is."""
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        functions, seconds = {}, {}
+        for policy in ("gaussian", "diffusion"):
+            eager, batch = spread_update(policy, 3, device)
+            learner, _ = spread_update(policy, 3, device)
+            update = ddpl_mpe.compiled(ddpl_mpe.update, learner)
+            start = time.perf_counter()
+            with torch._inductor.config.patch(force_disable_caches=True):  # as for the first time on a machine
+                update(learner, batch)
+            seconds[policy] = time.perf_counter() - start
+            functions[policy] = finished(ddpl_mpe.update, eager, batch)
+            functions[f"{policy} compiled"] = finished(update, learner, batch)
+        ms = medians(100, **functions)
+        print(f"ddpl_mpe.py, one update, {device:19s}ms    " + "  ".join(f"{n}: {v:.1f}" for n, v in ms.items()))
+        for policy, compiling in seconds.items():
+            share = ms[f"{policy} compiled"] / ms[policy]
+            pays = 1e3 * compiling / (ms[policy] - ms[f"{policy} compiled"])
+            aim = "  (at most 0.5)" if policy == "diffusion" else ""
+            print(f"  {policy}, compiled / eager{aim}  {share:.2f}; {compiling:.0f} s to compile, {pays:.0f} updates")
+        ratio = ms["diffusion compiled"] / ms["gaussian"]
+        print(f"  diffusion compiled / gaussian eager       {ratio:.2f}  (at most 1.3)")
 
 
 def mamujoco_update(agent_conf: str, policy: str):
@@ -266,7 +304,7 @@ def measure_isaaclab() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    parts = (measure_mpe, measure_mamujoco, measure_isaaclab, measure_qvpo, measure_smax)
+    parts = (measure_mpe, measure_compiled, measure_mamujoco, measure_isaaclab, measure_qvpo, measure_smax)
     chosen = [part for part in parts if part.__name__.removeprefix("measure_") in sys.argv]
     for measure in chosen or parts:
         measure()

@@ -27,6 +27,7 @@ class FakeMARLEnv(gym.Env):
         self.cfg, self.possible_agents, self.num_envs = cfg, ["left", "right"], cfg.num_envs
         self.sizes = {"left": (2, 2), "right": (1, 1)}
         self.state_space = Box(-9, 9, (cfg.state_space,)) if cfg.state_space > 0 else None
+        self.device = cfg.device
         self.extras = {agent: {} for agent in self.possible_agents}
         self.closed = False
         torch.seed()  # nothing may depend on what a simulation draws while it starts
@@ -43,8 +44,8 @@ class FakeMARLEnv(gym.Env):
     def reset(self, seed=None, options=None):
         if seed is not None:
             self.seed(seed)
-        self.x, self.steps = torch.zeros(self.num_envs), torch.zeros(self.num_envs)
-        self._start(torch.ones(self.num_envs, dtype=torch.bool))
+        self.x, self.steps = torch.zeros(2, self.num_envs, device=self.device)
+        self._start(torch.ones(self.num_envs, dtype=torch.bool, device=self.device))
         return self._obs(), self.extras
 
     def step(self, actions):
@@ -53,7 +54,7 @@ class FakeMARLEnv(gym.Env):
         self.steps = self.steps + 1
         terminated, truncated = self.x.abs() > 1, self.steps >= LENGTH
         reward = 1 - self.x.square()
-        if (terminated | truncated).any():
+        if self.device == "meta" or (terminated | truncated).any():
             if getattr(self.cfg, "compute_final_obs", False):
                 for agent, obs in self._obs().items():
                     self.extras[agent]["final_obs"] = obs
@@ -68,7 +69,7 @@ class FakeMARLEnv(gym.Env):
         self.closed = True
 
     def _start(self, which):
-        self.x = torch.where(which, torch.rand(self.num_envs) - 0.5, self.x)
+        self.x = torch.where(which, torch.rand(self.num_envs, device=self.device) - 0.5, self.x)
         self.steps = torch.where(which, 0, self.steps)
 
     def _obs(self):
@@ -87,7 +88,7 @@ def install(version=3, state_space=-1, bounds=(-float("inf"), float("inf"))):
     app = modules["isaaclab"].app = modules["isaaclab.app"]
 
     def parse_env_cfg(task, device, num_envs):
-        cfg = SimpleNamespace(num_envs=num_envs, seed=None, bounds=bounds)
+        cfg = SimpleNamespace(device=device, num_envs=num_envs, seed=None, bounds=bounds)
         if version == 3:
             cfg.compute_final_obs = False
         if task == TASK:
@@ -99,7 +100,7 @@ def install(version=3, state_space=-1, bounds=(-float("inf"), float("inf"))):
         events.append("launch")
         try:
             yield
-        except Exception:
+        except BaseException:  # an interrupt ends the process here, where Isaac Sim runs
             events.append("print a traceback")
             raise
         finally:
@@ -126,10 +127,8 @@ def install(version=3, state_space=-1, bounds=(-float("inf"), float("inf"))):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import tyro
-
     import ddpl_isaaclab
 
     sys.modules.update(install()[0])
     ddpl_isaaclab.version = lambda package: "none"
-    ddpl_isaaclab.main(tyro.cli(ddpl_isaaclab.Args))
+    ddpl_isaaclab.main(*ddpl_isaaclab.read_command_line())

@@ -1,16 +1,17 @@
 """bang_bang.py: its distributions, advantages and normalisation, its loop on real tasks, its run folders."""
 
+import contextlib
 import csv
 import json
 import math
-import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import checkpoint_of, command, equal, error_about, error_of, kill_and_resume
+from helpers import checkpoint_of, equal, error_about, error_of, kill_and_resume
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
@@ -150,9 +151,7 @@ def real_rollout(learner, steps=64):
 @pytest.mark.parametrize("options", HEADS, ids=str)
 def test_first_gradient_is_the_policy_gradient(options, monkeypatch):
     """At ratio 1 the clipped surrogate's gradient is that of mean(advantage * log pi), of any head; values regress."""
-    learner = Learner(
-        Args(update_epochs=1, num_minibatches=1, value_coefficient=0.7, entropy_coefficient=0.1, **options), 3, 2
-    )
+    learner = Learner(Args(update_epochs=1, num_minibatches=1, vf_coef=0.7, ent_coef=0.1, **options), 3, 2)
     rollout, losses = real_rollout(learner), []
     monkeypatch.setattr(bang_bang, "take_step", lambda optimizer, loss, norm: losses.append(loss))
     bang_bang.update(learner, rollout)
@@ -171,7 +170,7 @@ def test_first_gradient_is_the_policy_gradient(options, monkeypatch):
 
 def test_ratios_beyond_the_clip_do_not_pay(monkeypatch):
     """After a step that moved all ratios far, the policy's gradient comes only from samples that it moved wrongly."""
-    learner = Learner(Args(update_epochs=2, num_minibatches=1, value_coefficient=0.0), 3, 2)
+    learner = Learner(Args(update_epochs=2, num_minibatches=1, vf_coef=0.0), 3, 2)
     rollout, gradients = real_rollout(learner), []
     old = learner.policy.log_prob(learner.policy(rollout.obs), rollout.choice).detach()
 
@@ -195,7 +194,7 @@ def test_ratios_beyond_the_clip_do_not_pay(monkeypatch):
 
 def test_values_beyond_the_clip_do_not_pay(monkeypatch):
     """After a step that raised all values by 0.5, only those learn whose clipped value would have the smaller error."""
-    learner = Learner(Args(update_epochs=2, num_minibatches=1, value_coefficient=1.0), 3, 2)
+    learner = Learner(Args(update_epochs=2, num_minibatches=1, vf_coef=1.0), 3, 2)
     rollout, gradients = real_rollout(learner), []
 
     def spy(optimizer, loss, norm):
@@ -210,6 +209,61 @@ def test_values_beyond_the_clip_do_not_pay(monkeypatch):
     pays = (value + 0.5 - target).abs() > (value + 0.2 - target).abs()
     torch.testing.assert_close(gradients[1], ((value + 0.5 - target) * pays).mean()[None], rtol=1e-4, atol=1e-6)
     assert 0 < pays.float().mean() < 1
+
+
+# ---- devices, compiled
+
+
+@pytest.mark.parametrize("options", HEADS, ids=str)
+def test_an_update_leaves_no_tensor_behind(options, monkeypatch):
+    """On PyTorch's meta device an operation with a tensor from elsewhere raises."""
+    stepped, shuffled, randperm = [], [], torch.randperm
+    spy = lambda size, device=None: (shuffled.append(device), randperm(size, device=device))[1]  # noqa: E731
+    monkeypatch.setattr(torch, "randperm", spy)  # rows from the CPU would raise nothing, but take a transfer
+
+    def check_adam(parameters, gradients, *states, lr, **_):  # Adam itself has no kernel for the meta device
+        tensors = [lr, *parameters, *gradients, *(tensor for group in states for tensor in group)]
+        stepped.append(all(tensor.is_meta for tensor in tensors))
+
+    monkeypatch.setattr(bang_bang, "adam", check_adam)
+    learner = Learner(Args(num_minibatches=3, update_epochs=2, **options), 3, 2, "meta")
+    rollout = Rollout(*(column.to("meta") for column in real_rollout(Learner(Args(**options), 3, 2))))
+    metrics = bang_bang.update(learner, rollout)
+    assert stepped == 6 * [True] and shuffled == 2 * [torch.device("meta")]
+    assert all(metric.is_meta for metric in metrics.values())
+    assert learner.act(rollout.obs[0]).is_meta and learner.act(rollout.obs[0], deterministic=True).is_meta
+
+
+def test_compiled_equals_eager():
+    """Also when the learning rate has fallen, which compiles nothing anew."""
+    torch._dynamo.reset()
+    results = []
+    for compiling in (False, True):
+        torch.manual_seed(3)
+        options = dict(policy="gaussian", squash="tanh", hidden=16, num_minibatches=2, update_epochs=2)
+        learner = Learner(Args(ent_coef=0.01, **options), 3, 2)
+        for state in learner.optimizer.state.values():  # else Adam's first step is a sign, even a rounding error's
+            state["exp_avg_sq"].fill_(1)
+        rollout = real_rollout(learner)
+        step = bang_bang.compiled(bang_bang.update_minibatch, learner) if compiling else bang_bang.update_minibatch
+        for rate in (0.1, 0.05):
+            learner.learning_rate.fill_(rate)
+            with torch._dynamo.config.patch(error_on_recompile=rate < 0.1):
+                metrics = bang_bang.update(learner, rollout, step)
+        moments = [state["exp_avg"] for state in learner.optimizer.state.values()]
+        results.append([*metrics.values(), *learner.parameters(), *moments])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.parametrize("compiling", [False, True])
+def test_cuda(compiling):
+    """Runs of every head there, whose checkpoints are played on the CPU."""
+    for options in HEADS:
+        result = train(Args(**SMALL, device="cuda", compile=compiling, **options))
+        assert checkpoint_of(result)["device"] == "cuda"
+        bang_bang.main(Args(evaluate=result["run_dir"], device="cpu", final_eval_episodes=1))
 
 
 # ---- environment and normalisation
@@ -256,12 +310,11 @@ def test_evaluation_measures_what_was_played():
 
     def act(obs):
         t = next(step)
-        return torch.tensor([[1.0 if t % 4 < 2 else -1.0, 0.2 + 0.1 * (t % 2)]]).expand(len(obs), 2)
+        return np.full((len(obs), 2), [1.0 if t % 4 < 2 else -1.0, 0.2 + 0.1 * (t % 2)], np.float32)
 
     played = evaluate(act, args, 2, seed=0)
-    assert played["return"] == pytest.approx([10 - 0.1 * 12.5] * 2) and played["return_without_cost"] == pytest.approx(
-        [10] * 2
-    )
+    assert played["return"] == pytest.approx([10 - 0.1 * 12.5] * 2)
+    assert played["return_without_cost"] == pytest.approx([10] * 2)
     assert played["saturation"] == pytest.approx([0.5] * 2) and played["switching_rate"] == pytest.approx([4 / 18] * 2)
 
 
@@ -274,9 +327,9 @@ def test_normalizer_has_the_statistics_of_what_it_saw():
     for rows in obs:
         normalizer.obs.update(rows)
     scaled = normalizer(obs.reshape(-1, 3))
-    assert scaled.dtype == torch.float32
-    torch.testing.assert_close(scaled.mean(0), torch.zeros(3), atol=1e-3, rtol=0)
-    torch.testing.assert_close(scaled.std(0), torch.ones(3), atol=1e-2, rtol=0)
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(scaled.mean(0), np.zeros(3), atol=1e-3, rtol=0)
+    np.testing.assert_allclose(scaled.std(0), np.ones(3), atol=1e-2, rtol=0)
     assert normalizer(np.full((1, 3), 1e6)).max() == 10
 
 
@@ -298,9 +351,8 @@ def test_rewards_are_scaled_by_the_deviation_of_discounted_returns():
 def played(monkeypatch, **options):
     rollouts = []
     learn = bang_bang.update
-    monkeypatch.setattr(
-        bang_bang, "update", lambda learner, rollout: (rollouts.append(rollout), learn(learner, rollout))[1]
-    )
+    spy = lambda learner, rollout, step: (rollouts.append(rollout), learn(learner, rollout, step))[1]  # noqa: E731
+    monkeypatch.setattr(bang_bang, "update", spy)
     train(Args(**SMALL | options))
     return Rollout(*map(torch.cat, zip(*rollouts)))
 
@@ -334,11 +386,12 @@ def test_run_folder_and_result(options):
 
 
 def test_learning_rate_falls_to_zero(monkeypatch):
-    rates, learn = [], bang_bang.update
-    spy = lambda learner, rollout: (rates.append(learner.optimizer.param_groups[0]["lr"]), learn(learner, rollout))[1]  # noqa: E731
-    monkeypatch.setattr(bang_bang, "update", spy)
-    train(Args(**SMALL, learning_rate=0.9))
-    assert rates == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    """In double precision: single would change the last bits of every step."""
+    rates, adam = [], bang_bang.adam
+    spy = lambda *args, lr, **options: (rates.append(lr.item()), adam(*args, lr=lr, **options))  # noqa: E731
+    monkeypatch.setattr(bang_bang, "adam", spy)
+    train(Args(**SMALL | dict(num_minibatches=1, update_epochs=1), learning_rate=0.9))
+    assert rates == [0.9 * (1 - step / 900) for step in range(0, 900, 100)]
 
 
 def test_every_start_after_a_checkpoint_is_another_and_all_is_counted(monkeypatch):
@@ -361,6 +414,21 @@ def test_evaluation_does_not_disturb_training():
     assert equal(often["learner"], rarely["learner"]) and equal(often["normalizer"], rarely["normalizer"])
 
 
+def test_a_signal_ends_the_run_at_once_and_says_what_is_saved():
+    class AtStep(list):
+        """A signal that arrives after that many environment steps."""
+
+        def __bool__(self):
+            self[0] -= 1
+            return self[0] < 0
+
+    with pytest.raises(bang_bang.Stopped) as stopped:
+        train(Args(**SMALL), signals=AtStep([642]))
+    (run_dir,) = Path("runs").iterdir()
+    said = f"stopped at step 642; the last checkpoint is from step 600; go on with --resume {run_dir}"
+    assert str(stopped.value) == said and checkpoint_of({"run_dir": run_dir})["progress"]["global_step"] == 600
+
+
 def test_killed_and_resumed_equals_never_killed():
     """On a task whose episodes end at different times; the statistics survive, too."""
     options = SMALL | dict(env_id="Hopper-v5", num_envs=2, total_timesteps=4_000, update_epochs=10, num_minibatches=10)
@@ -370,9 +438,8 @@ def test_killed_and_resumed_equals_never_killed():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("finished")
-    subprocess.run(command(bang_bang, **SMALL), cwd=folder, check=True, capture_output=True)
-    return next(folder.glob("runs/*"))
+    with contextlib.chdir(tmp_path_factory.mktemp("finished")):
+        return Path(train(Args(**SMALL))["run_dir"]).absolute()
 
 
 def test_resuming_a_finished_run_repeats_its_result(finished):
@@ -380,12 +447,11 @@ def test_resuming_a_finished_run_repeats_its_result(finished):
     assert train(Args(resume=str(finished)))["episodic_returns"] == before["episodic_returns"]
 
 
-def test_evaluate_prints_returns_and_films(finished):
-    flags = [*command(bang_bang, evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
-    done = subprocess.run(flags, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_evaluate_prints_returns_and_films(finished, capsys):
+    bang_bang.main(Args(evaluate=str(finished), final_eval_episodes=5, seed=7, capture_video=True))
+    printed = capsys.readouterr().out
     for word in ("stochastic", "deterministic", "5 episodes", "saturation 1.00", "switching_rate"):
-        assert word in done.stdout
+        assert word in printed
     for mode in ("stochastic", "deterministic"):
         assert (finished / f"{mode}.gif").read_bytes()[:3] == b"GIF"
 
@@ -411,8 +477,13 @@ def test_unfit_tasks(env_id, why):
         dict(gamma=1.5),
         dict(gae_lambda=-0.1),
         dict(learning_rate=float("nan")),
-        dict(clip_coefficient=0.0),
+        dict(clip_coef=0.0),
         dict(action_cost=-0.1),
+        dict(action_cost=1e300),
+        dict(ent_coef=1e300),
+        dict(vf_coef=float("inf")),
+        dict(bins=1001),
+        dict(num_minibatches=25, num_steps=101),  # twenty of five steps and one of one step, which has no deviation
         dict(checkpoint_interval=0),
     ],
     ids=str,
@@ -421,14 +492,19 @@ def test_invalid_numbers(options):
     error_about(bang_bang, **options)
 
 
-def test_invalid_choices_are_listed():
-    for flag, choices in (
-        ("policy", bang_bang.POLICIES),
-        ("squash", ("clip", "tanh")),
-        ("action_cost_form", ("l1", "l2")),
-    ):
-        done = subprocess.run(command(bang_bang, **{flag: "best"}), capture_output=True, text=True)
-        assert done.returncode != 0 and all(choice in done.stderr for choice in choices)
+@pytest.mark.parametrize(
+    "name, choices",
+    [("policy", bang_bang.POLICIES), ("squash", ("clip", "tanh")), ("action_cost_form", ("l1", "l2"))],
+)
+def test_invalid_choices_are_listed(name, choices, monkeypatch, capsys):
+    """To who calls train, and on the command line."""
+    error_about(bang_bang, **{name: "best"})
+    assert all(choice in error_of(bang_bang, **{name: "best"}) for choice in choices)
+    monkeypatch.setattr(sys, "argv", ["bang_bang.py", f"--{name.replace('_', '-')}=best"])
+    with pytest.raises(SystemExit):
+        bang_bang.read_command_line()
+    printed = capsys.readouterr().err
+    assert all(choice in printed for choice in choices)
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
@@ -438,6 +514,39 @@ def test_run_folders_that_cannot_be_used(flag, finished, tmp_path, monkeypatch):
     (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:5000])
     assert "damaged" in error_of(bang_bang, **{flag: str(tmp_path)})
     assert "ran with --policy bernoulli" in error_of(bang_bang, **{flag: str(finished), "policy": "gaussian"})
+
+
+@pytest.mark.parametrize("index, value", [(1, -1e-3), (2, 0.0), (4, -1.0), (5, -1.0)])
+def test_impossible_statistics(index, value, finished, tmp_path):
+    """Negative variances and counts that are not positive are of the right shape and type."""
+    contents = torch.load(finished / "checkpoint.pt", weights_only=True)
+    contents["normalizer"]["statistics"][index].fill_(value)
+    torch.save(contents, tmp_path / "checkpoint.pt")
+    for flag in ("resume", "evaluate"):
+        assert "damaged" in error_of(bang_bang, **{flag: str(tmp_path)})
+
+
+def test_nan_in_an_evaluation(finished, monkeypatch):
+    """A policy cannot draw from it."""
+    reset = ActionCost.reset
+    monkeypatch.setattr(ActionCost, "reset", lambda self, **options: (reset(self, **options)[0] * np.nan, {}))
+    message = error_of(bang_bang, evaluate=str(finished))
+    assert "an observation of Pendulum-v1 is NaN or infinite in an evaluation" in message
+
+
+def test_statistics_that_overflow_reach_no_checkpoint(monkeypatch):
+    """Finite rewards whose square is not."""
+    step = ActionCost.step
+
+    def generous(self, action):
+        obs, _, *others = step(self, action)
+        return obs, 1e200, *others
+
+    monkeypatch.setattr(ActionCost, "step", generous)
+    assert "NaN or infinite at step" in error_of(bang_bang, **SMALL)
+    (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
+    contents = torch.load(checkpoint, weights_only=True)
+    assert all(value.isfinite().all() for value in contents["normalizer"]["statistics"])
 
 
 def test_diverging_run_says_where():
@@ -450,7 +559,8 @@ def test_diverging_run_says_where():
 def test_finds_the_switching_curve_of_the_double_integrator():
     """Its mode takes at most 5 % more time to the goal than the optimal law, on average over a grid of starts."""
     starts = grid_of_starts()
-    optimal, ours = times_to_goal(optimal_force, starts), times_to_goal(trained_force(), starts)
+    fast = dict(num_envs=8, num_steps=128, num_minibatches=8, learning_rate=1e-3, final_eval_episodes=1)
+    optimal, ours = times_to_goal(optimal_force, starts), times_to_goal(trained_force(**fast), starts)
     assert ours.mean() < 1.05 * optimal.mean()
 
 

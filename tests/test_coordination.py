@@ -1,22 +1,30 @@
-"""ddpl_coordination.py: the game, its quadrature, and that coordination is learned."""
+"""ddpl_coordination.py: the game, its quadrature, that coordination is learned, its worker processes; its figures."""
 
 import csv
 import itertools
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import command, equal, error_of, wait_for
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ddpl_coordination
-from ddpl_coordination import Args, Learner, RunError, learn, nash_gap, success, team_reward, train
+from benchmark import coordination_figures
+from ddpl_coordination import Args, Learner, RunError, learn, nash_gap, success, team_reward, train, update
 
 JOINT, MATCH = Args(), Args(game="match")
 
@@ -63,6 +71,14 @@ def test_nash_gap_of_known_teams():
 # ---- the learner
 
 
+class Known(torch.nn.Module):
+    """A critic that is given as a function of joint actions."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
 def test_scores_equal_the_critic_asked_one_candidate_at_a_time():
     learner = Learner(Args(num_seeds=2), "diffusion", 3)
     actions, candidates = torch.rand(6, 5, 1), torch.rand(6, 4, 5, 1)
@@ -76,7 +92,7 @@ def test_scores_equal_the_critic_asked_one_candidate_at_a_time():
 def test_local_critic_is_the_mean_over_the_others():
     """With Q = a_1 a_2 and the second at 0.5 on average, Q_1 has slope 0.5."""
     learner = Learner(Args(num_seeds=1), "diffusion", 2)
-    learner.critic = lambda joint: joint.prod(-1)
+    learner.critic = Known(lambda joint: joint.prod(-1))
     for _ in range(400):
         actions = torch.rand(2, 64, 1)
         ddpl_coordination.update_local_critic(learner, actions, 2 * torch.rand(2, 8, 64, 1) - 1)
@@ -98,30 +114,75 @@ def test_local_critic_ignores_what_the_others_add_to_all_candidates():
         torch.testing.assert_close(clean, offset, atol=1e-4, rtol=1e-3)
 
 
-UPDATES = {name: getattr(ddpl_coordination, f"update_{name}") for name in ("diffusion", "gaussian", "moments")}
+LEARNED = ("diffusion", "gaussian", "moments")
 
 
-@pytest.mark.parametrize("policy", UPDATES)
+def batch(learner):
+    """What update learns from: joint actions, their reward, and what the policies have drawn."""
+    device = learner.grid.device
+    actions = 2 * torch.rand(learner.args.num_seeds, 64, learner.num_agents, device=device) - 1
+    return actions, team_reward(actions, learner.args), learner.policy.sample(16)
+
+
+@pytest.mark.parametrize("policy", LEARNED)
+def test_an_update_changes_the_networks_of_its_policy_and_no_others(policy):
+    learner = Learner(Args(num_seeds=2), policy, 2)
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    update(learner, *batch(learner))
+    parts = {"critic", "local_critic", "policy", "log_temperature"}
+    changed = {name.split(".")[0] for name, value in learner.state_dict().items() if not equal(value, before[name])}
+    assert changed == parts - ({"local_critic"} if policy == "gaussian" else set())
+
+
+class OnMeta(TorchDispatchMode):
+    """Inside, whatever gives a tensor that is not on PyTorch's meta device fails."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        # Without dimensions: the steps that Adam counts on the CPU.
+        assert all(tensor.is_meta or not tensor.ndim for tensor in tensors), function
+        return result
+
+
+@pytest.mark.parametrize("policy", LEARNED)
+def test_a_whole_update_stays_on_its_device(policy, monkeypatch):
+    monkeypatch.setattr(ddpl_coordination, "Adam", lambda *args, fused: torch.optim.Adam(*args))  # fused: CPU and GPUs
+    learner = Learner(Args(num_seeds=2), policy, 3, "meta")
+    with OnMeta():
+        actions, reward, drawn = batch(learner)
+        update(learner, actions, reward, drawn)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", [*LEARNED, "uniform"])
+def test_a_run_on_the_gpu(policy):
+    outcomes = learn(Args(num_seeds=2, total_timesteps=480, device="cuda"), policy, 2)
+    assert all(np.isfinite(values).all() for values in outcomes.values())
+
+
+@pytest.mark.parametrize("policy", LEARNED)
 @pytest.mark.parametrize("target_entropy, sign", [(-5.0, -1), (0.69, 1)])
-def test_temperature_follows_the_entropy(policy, target_entropy, sign):
+def test_temperature_follows_the_entropy(policy, target_entropy, sign, monkeypatch):
     """It falls where the entropy exceeds its target, and rises where it does not, at a critic with one sharp peak."""
     learner = Learner(Args(num_seeds=1, target_entropy=target_entropy), policy, 2)
-    learner.critic = lambda joint: -5 * joint.square().sum(-1)
+    learner.critic = Known(lambda joint: -5 * joint.square().sum(-1))
     for _ in range(200):
         ddpl_coordination.update_local_critic(learner, torch.rand(2, 16, 1), 2 * torch.rand(2, 8, 16, 1) - 1)
     if policy == "gaussian":
         learner.policy.log_std.data.fill_(-3)
     before = learner.log_temperature.detach().clone()
-    UPDATES[policy](learner, learner.policy.sample(16))
+    monkeypatch.setattr(ddpl_coordination, "update_critic", lambda *_: None)  # it is known
+    update(learner, *batch(learner))
     assert ((learner.log_temperature - before).sign() == sign).all()
 
 
 def test_gaussian_widens_where_all_actions_are_equal():
     learner = Learner(Args(num_seeds=1), "gaussian", 2)
-    learner.critic = lambda joint: 0 * joint.sum(-1)
+    learner.critic = Known(lambda joint: 0 * joint.sum(-1))
     learner.policy.log_std.data.fill_(-2)
     for _ in range(10):
-        ddpl_coordination.update_gaussian(learner, None)
+        ddpl_coordination.update_gaussian(learner)
     assert (learner.policy.log_std > -1.9).all()
 
 
@@ -134,44 +195,6 @@ def test_moments_policy_matches_the_energy():
     ours = [value.item() for value in ddpl_coordination.moments(density)]
     assert ours == pytest.approx([mean, std], abs=1e-3)
     assert ddpl_coordination.entropy_of(density).item() == pytest.approx(math.log(z) - 3 * mean, abs=1e-3)
-
-
-def test_energy_policy_and_its_fits_without_learning_a_critic():
-    """Chances at +0.7 against quadrature; ISSM keeps most of them, and the least KL sits on one mode."""
-    chances = ddpl_coordination.chances(JOINT, ddpl_coordination.fit_issm(JOINT).sample(4000)[..., 0])
-
-    def advantage(a):
-        return math.exp(-(((a - 0.7) / 0.2) ** 2) / 2) - 1
-
-    def integral(f, temperature, low=0.0, high=1.0):
-        return quad(lambda a: f(a) * math.exp(advantage(a) / temperature), low, high, points=(0.7,), limit=200)[0]
-
-    def entropy(temperature):
-        z = 2 * integral(lambda a: 1, temperature)
-        return math.log(z) - 2 * integral(advantage, temperature) / temperature / z
-
-    temperature = brentq(lambda t: entropy(t) - JOINT.target_entropy, 1e-2, 10)
-    z = 2 * integral(lambda a: 1, temperature)
-    share = integral(lambda a: 1, temperature, 0.55, 0.85) / z
-    window = np.diff(norm.cdf([0.55, 0.85], 0, (2 * integral(np.square, temperature) / z) ** 0.5))
-    assert chances["energy-based policy"] == pytest.approx([share], abs=0.02)
-    assert abs(chances["its ISSM fit"].mean() - share) < 0.1
-    assert chances["Gaussian, its mean and deviation"] == pytest.approx(window, abs=0.01)
-    assert chances["Gaussian, least KL"] == pytest.approx([1, 0], abs=0.05)
-
-
-def test_meeting_of_teams():
-    single, repeated = ddpl_coordination.meeting(np.array([1.0, 0.0]), 3)
-    assert single == pytest.approx(1 / 8, abs=0.01) and repeated == pytest.approx(1 / 8, abs=0.01)
-    single, repeated = ddpl_coordination.meeting(np.array([0.5]), 3, tries=10)
-    assert single == pytest.approx(1 / 8) and repeated == pytest.approx(1 - (7 / 8) ** 10)
-
-
-def test_issm_error_falls_with_the_root_of_candidates():
-    sizes = [64, 256, 1024, 4096]
-    errors, samples = zip(*(ddpl_coordination.issm_error(1, size, size // 4) for size in sizes))
-    assert -0.65 < np.polyfit(np.log(sizes), np.log(errors), 1)[0] < -0.4
-    assert all(1 <= used <= size for used, size in zip(samples, sizes))
 
 
 # ---- learning
@@ -198,27 +221,14 @@ def test_train_writes_what_it_returns():
     assert result["episodic_returns"] == pytest.approx(returns) and result["final_return"] == pytest.approx(
         np.mean(returns)
     )
-    again = train(args)
-    assert again["rows"] == result["rows"]
+    in_two_processes = train(replace(args, num_processes=2))
+    assert in_two_processes["rows"] == result["rows"]
 
 
-def test_full_draws_all_figures():
-    args = Args(num_seeds=2, total_timesteps=480, num_agents=(2,), num_processes=1, policies=("diffusion",), full=True)
-    folder = Path(train(args)["run_dir"])
-    figures = {path.stem for path in folder.glob("*.png") if path.stat().st_size > 5_000}
-    assert figures == {"success", "training", "nash_gap", "exact", "issm"}
-
-
-@pytest.mark.parametrize("policy", ["diffusion", "gaussian", "moments"])
+@pytest.mark.parametrize("policy", LEARNED)
 def test_diverging_run_says_where(policy):
     with pytest.raises(RunError, match=f"the actions of the {policy} policy are NaN after 300 joint actions"):
         learn(Args(num_seeds=2, total_timesteps=1000, critic_lr=1e30), policy, 2)
-
-
-def test_a_run_is_the_same_with_and_without_its_figures():
-    args = Args(num_seeds=2, total_timesteps=480)
-    plain, full = learn(args, "diffusion", 2), learn(replace(args, full=True), "diffusion", 2)
-    assert all(np.array_equal(plain[name], full[name]) for name in plain) and len(full["gaps"]) == 20
 
 
 @pytest.mark.parametrize(
@@ -227,11 +237,21 @@ def test_a_run_is_the_same_with_and_without_its_figures():
         ({"num_agents": (9,)}, "--num-agents"),
         ({"num_agents": ()}, "--num-agents"),
         ({"policies": ()}, "--policies"),
-        ({"policies": ("uniform",), "full": True}, "--full"),
+        ({"num_agents": (2, 2)}, "--num-agents"),
+        ({"num_agents": 2}, "--num-agents"),
+        ({"policies": ("diffusion", "diffusion")}, "--policies"),
+        ({"policies": ("beta",)}, "--policies"),
+        ({"game": "chess"}, "--game"),
+        ({"seed": -1}, "--seed"),
+        ({"batch_size": 64.0}, "--batch-size"),
+        ({"learning_starts": 8000}, "--learning-starts"),
         ({"tolerance": 0.5}, "--tolerance"),
         ({"bonus": 0.0}, "--bonus"),
+        ({"bonus": 1e38}, "--bonus"),
         ({"sigmas": ()}, "--sigmas"),
         ({"target_entropy": 1.0}, "--target-entropy"),
+        ({"target_entropy": -math.inf}, "--target-entropy"),
+        ({"init_temperature": 1e-300}, "--init-temperature"),
         ({"actor_lr": 0.0}, "--actor-lr"),
         ({"num_seeds": 0}, "--num-seeds"),
         ({"num_uniform": -1}, "--num-uniform"),
@@ -239,14 +259,190 @@ def test_a_run_is_the_same_with_and_without_its_figures():
         ({"total_timesteps": 10}, "--total-timesteps"),
     ],
 )
-def test_bad_arguments_name_the_flag(options, named):
+def test_bad_arguments_name_the_flag(options, named, monkeypatch):
+    monkeypatch.setattr(ddpl_coordination, "run_all", None)
     with pytest.raises(RunError, match=f"^{named}: .*must be"):
         train(Args(**options))
     assert not Path("runs").exists()
 
 
-def test_command_line_answers_bad_input_in_one_line():
-    script = Path(ddpl_coordination.__file__)
-    process = subprocess.run([sys.executable, script, "--bonus", "-1"], capture_output=True, text=True)
-    assert process.returncode == 1
-    assert process.stderr.strip().startswith("ddpl_coordination.py: error: --bonus") and process.stderr.count("\n") == 1
+def test_no_room_is_told_in_one_line():
+    assert "no room for this run" in error_of(ddpl_coordination, total_timesteps=2**32 - 1, num_processes=1)
+
+
+# ---- files, processes and signals
+
+
+def test_a_full_disk_leaves_no_half_written_table(monkeypatch):
+    def full(writer, rows):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    options = dict(policies=("uniform",), num_agents=(1,), num_seeds=1, total_timesteps=480, num_processes=1)
+    assert "No space left" in error_of(ddpl_coordination, **options)
+    assert list(Path("runs").glob("*/args.json")) and not list(Path("runs").glob("*/coordination.csv"))
+
+
+def children(process):
+    """The ids of a process's running children."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def running(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def blocks_interrupts(pid):
+    (mask,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigBlk" in line)
+    return bool(int(mask, 16) & 1 << (signal.SIGINT - 1))
+
+
+def ended(pids, seconds=10):
+    """Whether all of these processes end in this time."""
+    deadline = time.monotonic() + seconds
+    while any(map(running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(running, pids))
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+
+SLEEPERS = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import ddpl_coordination
+
+def job(args, policy, num_agents):
+    Path(f"{{os.getpid()}}.worker").touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    ddpl_coordination.run_all(job, ddpl_coordination.Args())
+"""
+
+
+@needs_proc
+def test_workers_end_with_a_killed_parent():
+    Path("sleepers.py").write_text(SLEEPERS.format(root=str(Path(ddpl_coordination.__file__).parent)))
+    process = subprocess.Popen([sys.executable, "sleepers.py"], stderr=subprocess.DEVNULL)
+    wait_for(process, lambda: len(list(Path().glob("*.worker"))) == 2)
+    workers = [int(path.stem) for path in Path().glob("*.worker")]
+    assert all(map(running, workers))
+    process.kill()
+    process.wait()
+    assert ended(workers)
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_script_and_workers_in_one_line(number):
+    """Ctrl-C reaches the whole process group, and so workers that are still starting; SIGTERM the script alone."""
+    command_line = command(ddpl_coordination, total_timesteps=1_000_000)
+    process = subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(process, lambda: len(children(process)) == 3)  # two workers, and Python's resource tracker
+        started = children(process)
+        assert sum(map(blocks_interrupts, started)) >= 2  # or workers would print tracebacks, now and then
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert errors.startswith("stopped before the end") and errors.count("\n") == 1
+    assert [path.name for path in Path("runs").glob("*/*")] == ["args.json"]
+    assert ended(started)
+
+
+def die(args, policy, num_agents):
+    os._exit(1)
+
+
+def test_a_dead_worker_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(ddpl_coordination, "learn", die)
+    assert "terminated abruptly" in error_of(ddpl_coordination, policies=("uniform",), num_agents=(1,))
+
+
+def test_stop_is_an_exit_code_and_a_second_signal_ends_at_once(monkeypatch, capsys):
+    def interrupted(args):
+        ddpl_coordination.stop(signal.SIGTERM, None)
+
+    monkeypatch.setattr(ddpl_coordination, "train", interrupted)
+    before = signal.signal(signal.SIGTERM, ddpl_coordination.stop)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            ddpl_coordination.main(Args())
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 143 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---- benchmark/coordination_figures.py
+
+
+@pytest.mark.parametrize("policy", LEARNED)
+def test_a_run_is_the_same_when_watched(policy):
+    args = Args(num_seeds=2, total_timesteps=480)
+    plain, watched = learn(args, policy, 2), coordination_figures.watched(args, policy, 2)
+    assert all(np.array_equal(values, watched[name]) for name, values in plain.items())
+    shapes = {name: watched[name].shape for name in watched.keys() - plain.keys()}
+    assert shapes == {"gaps": (20, 2), "snapshots": (20, 2, 500), "energy": (2, 100)}
+
+
+def test_all_figures_are_drawn(monkeypatch):
+    fit_issm = coordination_figures.fit_issm
+    monkeypatch.setattr(coordination_figures, "fit_issm", lambda args: fit_issm(args, num_updates=10))
+    monkeypatch.setattr(coordination_figures, "issm_error", partial(coordination_figures.issm_error, repeats=20))
+    args = Args(num_seeds=2, total_timesteps=480, num_agents=(2,), num_processes=1, policies=("diffusion",))
+    coordination_figures.draw(args, Path("figures"))
+    figures = {path.stem for path in Path("figures").glob("*.png") if path.stat().st_size > 5_000}
+    assert figures == {"training", "nash_gap", "exact", "issm"}
+
+
+def test_figures_need_policies_that_learn():
+    with pytest.raises(RunError, match="^--policies: .*must be policies that learn"):
+        coordination_figures.draw(Args(), Path("figures"))
+    assert not Path("figures").exists()
+
+
+def test_energy_policy_and_its_fits_without_learning_a_critic():
+    """Chances at +0.7 against quadrature; ISSM keeps most of them, and the least KL sits on one mode."""
+    chances = coordination_figures.chances(JOINT, coordination_figures.fit_issm(JOINT).sample(4000)[..., 0])
+
+    def advantage(a):
+        return math.exp(-(((a - 0.7) / 0.2) ** 2) / 2) - 1
+
+    def integral(f, temperature, low=0.0, high=1.0):
+        return quad(lambda a: f(a) * math.exp(advantage(a) / temperature), low, high, points=(0.7,), limit=200)[0]
+
+    def entropy(temperature):
+        z = 2 * integral(lambda a: 1, temperature)
+        return math.log(z) - 2 * integral(advantage, temperature) / temperature / z
+
+    temperature = brentq(lambda t: entropy(t) - JOINT.target_entropy, 1e-2, 10)
+    z = 2 * integral(lambda a: 1, temperature)
+    share = integral(lambda a: 1, temperature, 0.55, 0.85) / z
+    window = np.diff(norm.cdf([0.55, 0.85], 0, (2 * integral(np.square, temperature) / z) ** 0.5))
+    assert chances["energy-based policy"] == pytest.approx([share], abs=0.02)
+    assert abs(chances["its ISSM fit"].mean() - share) < 0.1
+    assert chances["Gaussian, its mean and deviation"] == pytest.approx(window, abs=0.01)
+    assert chances["Gaussian, least KL"] == pytest.approx([1, 0], abs=0.05)
+
+
+def test_meeting_of_teams():
+    single, repeated = coordination_figures.meeting(np.array([1.0, 0.0]), 3)
+    assert single == pytest.approx(1 / 8, abs=0.01) and repeated == pytest.approx(1 / 8, abs=0.01)
+    single, repeated = coordination_figures.meeting(np.array([0.5]), 3, tries=10)
+    assert single == pytest.approx(1 / 8) and repeated == pytest.approx(1 - (7 / 8) ** 10)
+
+
+def test_issm_error_falls_with_the_root_of_candidates():
+    sizes = [64, 256, 1024, 4096]
+    errors, samples = zip(*(coordination_figures.issm_error(1, size, size // 4) for size in sizes))
+    assert -0.65 < np.polyfit(np.log(sizes), np.log(errors), 1)[0] < -0.4
+    assert all(1 <= used <= size for used, size in zip(samples, sizes))

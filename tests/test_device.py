@@ -7,9 +7,12 @@ import pytest
 import torch
 from helpers import checkpoint_of, equal
 
+import bang_bang
+import ddpl_coordination
 import ddpl_isaaclab
 import ddpl_mamujoco
 import ddpl_mpe
+import qvpo
 
 ddpl_scripts = pytest.mark.parametrize(
     "script", [ddpl_mpe, ddpl_mamujoco, ddpl_isaaclab], ids=lambda script: script.__name__
@@ -45,17 +48,24 @@ def tensors_of(learner):
 # ---- devices
 
 
-@ddpl_scripts
-@policies
-def test_an_update_leaves_no_tensor_behind(script, policy, monkeypatch):
-    stepped = []
+@pytest.fixture
+def stepped(monkeypatch):
+    """The parameters that Adam has stepped, itself replaced by a check: it has no kernel for the meta device."""
+    calls = []
 
-    def check_adam(parameters, gradients, *states, **_):  # Adam itself has no kernel for the meta device
+    def check_adam(parameters, gradients, *states, **_):
         tensors = [*parameters, *gradients, *(tensor for group in states for tensor in group)]
         assert all(tensor.is_meta for tensor in tensors)
-        stepped.append(parameters)
+        calls.append(parameters)
 
-    monkeypatch.setattr(script, "adam", check_adam)
+    for script in (ddpl_mpe, ddpl_mamujoco, ddpl_isaaclab, qvpo, bang_bang):
+        monkeypatch.setattr(script, "adam", check_adam)
+    return calls
+
+
+@ddpl_scripts
+@policies
+def test_an_update_leaves_no_tensor_behind(script, policy, stepped):
     learner = make_learner(script, policy, "meta")
     batch = make_buffer(script, "meta").sample(BATCH_SIZE)
     assert all(column.is_meta for column in batch)
@@ -63,6 +73,43 @@ def test_an_update_leaves_no_tensor_behind(script, policy, monkeypatch):
     assert all(tensor.is_meta for tensor in (*metrics.values(), *tensors_of(learner)))
     assert len(stepped) == len(learner.optimizers())
     assert learner.policy.sample(batch.obs, deterministic=True).is_meta
+
+
+def test_an_update_of_qvpo_leaves_no_tensor_behind(stepped):
+    args = qvpo.with_preset(qvpo.Args(hidden=16, batch_size=BATCH_SIZE))
+    learner = qvpo.Learner(args, OBS_SIZE, 2, torch.device("meta"))
+    buffer = qvpo.ReplayBuffer(20, qvpo.Batch((OBS_SIZE,), (2,), (), (), (OBS_SIZE,)), torch.device("meta"))
+    buffer.add(*(torch.rand(20, *shape).to("meta") for shape in ((OBS_SIZE,), (2,), (), (), (OBS_SIZE,))))
+    batch = buffer.sample(BATCH_SIZE)
+    metrics = qvpo.update(learner, batch, batch.obs, torch.rand((), device="meta"))
+    assert all(tensor.is_meta for tensor in (*metrics.values(), *tensors_of(learner)))
+    assert len(stepped) == 2 and learner.act(batch.obs, 4).is_meta
+
+
+@pytest.mark.parametrize("policy", ["bernoulli", "categorical", "gaussian"])
+def test_a_minibatch_of_bang_bang_leaves_no_tensor_behind(policy, stepped):
+    learner = bang_bang.Learner(bang_bang.Args(policy=policy, squash="tanh"), OBS_SIZE, 2, torch.device("meta"))
+    obs = torch.rand(BATCH_SIZE, OBS_SIZE, device="meta")
+    choice = learner.policy.sample(learner.policy(obs))
+    columns = (torch.rand(BATCH_SIZE, device="meta") for _ in range(3))
+    metrics = bang_bang.update_minibatch(learner, bang_bang.Minibatch(obs, choice, *columns))
+    assert all(tensor.is_meta for tensor in (*metrics.values(), *tensors_of(learner)))
+    assert len(stepped) == 1 and learner.act(obs, deterministic=True).is_meta
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian", "moments"])
+def test_an_update_of_the_coordination_game_leaves_no_tensor_behind(policy, monkeypatch):
+    adam = torch.optim.Adam
+    monkeypatch.setattr(ddpl_coordination, "Adam", lambda *inputs, fused: adam(*inputs))  # not fused on meta
+    monkeypatch.setattr(adam, "step", lambda self: None)
+    args = ddpl_coordination.Args(num_seeds=2, batch_size=8)
+    learner = ddpl_coordination.Learner(args, policy, 3, "meta")
+    drawn = learner.policy.sample(args.actor_batch_size)
+    joint = learner.joint(drawn)
+    ddpl_coordination.update(learner, joint, ddpl_coordination.team_reward(joint, args), drawn)
+    gradients = [parameter.grad for parameter in learner.parameters() if parameter.grad is not None]
+    assert gradients and all(tensor.is_meta for tensor in (*gradients, *learner.parameters(), *learner.buffers()))
+    assert ddpl_coordination.nash_gap(joint, args).is_meta
 
 
 @ddpl_scripts
@@ -146,7 +193,23 @@ def test_a_compiled_run_resumes_bit_for_bit():
 # ---- a GPU, where there is one
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("script", [ddpl_mamujoco, qvpo, bang_bang], ids=lambda script: script.__name__)
+def test_every_script_trains_on_cuda(script, compiling):
+    options = dict(total_timesteps=600, eval_interval=300, eval_episodes=1, final_eval_episodes=1, device="cuda")
+    if script is bang_bang:
+        options |= dict(env_id="Pendulum-v1", num_steps=100, num_minibatches=4)
+    else:
+        options |= dict(learning_starts=200)
+    result = script.train(script.Args(**options, compile=compiling))
+    assert checkpoint_of(result)["device"] == "cuda"
+
+
+@needs_cuda
 @policies
 @pytest.mark.parametrize("compiling", [False, True])
 def test_cuda_trains_and_its_checkpoint_goes_on_anywhere(policy, compiling):

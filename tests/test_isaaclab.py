@@ -1,5 +1,7 @@
 """ddpl_isaaclab.py: the real registered task on Isaac Lab, and a stand-in for what that task does not do."""
 
+import contextlib
+import copy
 import csv
 import importlib.util
 import json
@@ -20,11 +22,12 @@ from gymnasium.spaces import Box
 from helpers import checkpoint_of, command, equal, error_about, error_of, evaluations, global_step, recorded, wait_for
 
 import ddpl_isaaclab
-from ddpl_isaaclab import Args, Batch, Learner, ReplayBuffer, make_env, train
+from ddpl_isaaclab import EVALUATION_COLUMNS, Args, Batch, Learner, make_env, train
 
 ASSETS = str(Path(__file__).parent / "assets")
 SMALL = dict(total_timesteps=1_600, learning_starts=200, num_envs=8, eval_interval=800, log_interval=80, batch_size=32)
-SMALL |= dict(checkpoint_interval=400, critic_hidden=32, actor_hidden=16, steps_per_update=16)
+SMALL |= dict(checkpoint_interval=400, critic_hidden=32, actor_hidden=16, steps_per_update=16, actor_batch_size=32)
+SMALL |= dict(device="cpu")
 FAKE = SMALL | dict(task=fake_isaac.TASK)
 
 
@@ -48,7 +51,7 @@ def fake(monkeypatch):
 def test_agents_of_different_sizes_as_arrays(fake):
     """Observations padded, rewards averaged, each agent given its own actions; the simulation shut down at the end."""
     events = fake()
-    with make_env(Args(task=fake_isaac.TASK, num_envs=5)) as env:
+    with make_env(Args(task=fake_isaac.TASK, num_envs=5, device="cpu")) as env:
         assert env.action_mask().tolist() == [[1, 1], [1, 0]]
         obs, state = env.reset(3)
         assert obs.shape == (5, 2, 2) and (obs[:, 1, 1] == 0).all()
@@ -65,7 +68,7 @@ def test_agents_of_different_sizes_as_arrays(fake):
 
 def test_actions_are_scaled_where_there_are_bounds(fake):
     fake(bounds=(-1.0, 4.0))
-    with make_env(Args(task=fake_isaac.TASK, num_envs=1)) as env:
+    with make_env(Args(task=fake_isaac.TASK, num_envs=1, device="cpu")) as env:
         env.reset(0)
         env.step(torch.tensor([[[-1.0, 1.0], [0.5, 0.0]]]))
         assert env.env.actions["left"].tolist() == [[-1, 4]] and env.env.actions["right"].tolist() == [[0.5]]
@@ -110,7 +113,7 @@ def test_success_is_what_the_task_counts_or_an_episode_to_the_time_limit(fake):
             return push
 
     fake()
-    with make_env(Args(task=fake_isaac.TASK, num_envs=8)) as env:
+    with make_env(Args(task=fake_isaac.TASK, num_envs=8, device="cpu")) as env:
         returns, success_rate = ddpl_isaaclab.evaluate(Standing(), env, True, 0)
         assert success_rate == 0.75 and returns.shape == (8,) and returns[::4].max() < returns[1:4].min()
         env.env.extras["log"] = {"Metrics/success_rate": torch.tensor(0.5)}
@@ -132,7 +135,7 @@ def test_run_folder_and_result(policy, fake):
         (step, mode) for step in ("800", "1600") for mode in ("stochastic", "deterministic")
     ]
     assert float(rows[-1]["return_mean"]) == pytest.approx(result["final_return"], rel=1e-6)
-    assert float(rows[-1]["success_rate"]) == result["success_rate"]
+    assert float(rows[-1]["success_rate"]) == result["success_rate"] and tuple(rows[0]) == EVALUATION_COLUMNS
     assert json.loads((run_dir / "result.json").read_text())["final_return"] == result["final_return"]
     assert list(run_dir.glob("events.out.tfevents*"))
     buffer = checkpoint_of(result)["buffers"][0]["data"]
@@ -150,76 +153,155 @@ def test_same_seed_same_run_and_other_seed_another(fake):
     assert not torch.equal(start, other_start)  # other episodes, too
 
 
-def test_nothing_is_created_on_another_device(fake):
-    """Everything that follows a step, on PyTorch's device without memory: one tensor on the CPU would raise."""
-    adam = torch.optim.Adam
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "Adam", lambda *args, fused: adam(*args))  # a fused one knows no such device
-        mask = torch.ones(2, 2)
-        for policy in ("diffusion", "gaussian"):
-            learner = Learner(Args(policy=policy), 2, 3, 2, 5, mask)
-            buffer = ReplayBuffer(100, Batch((2, 3), (2, 2), (), (), (2, 3), (5,), (5,)))
-            obs, state, reward = torch.rand(40, 2, 3), torch.rand(40, 5), torch.rand(40)
-            actions = learner.policy.sample(obs.transpose(0, 1)).transpose(0, 1)
-            buffer.add(obs, actions, reward, reward > 0.5, obs, state, state)
-            metrics = ddpl_isaaclab.update(learner, buffer.sample(64))
-            assert all(metric.device.type == "meta" for metric in metrics.values())
+def test_a_step_stays_on_the_simulations_device(fake, monkeypatch):
+    """On PyTorch's device without memory: one tensor on the CPU would raise."""
+    fake(bounds=(-1.0, 4.0))
+    monkeypatch.setattr(ddpl_isaaclab, "choose_device", lambda args: torch.device("meta"))
+    with make_env(Args(task=fake_isaac.TASK, num_envs=5)) as env:
+        assert env.env.cfg.device == "meta"
+        obs, state = env.reset(3)
+        after = env.step(torch.zeros(5, 2, 2, device="meta"))
+    assert all(tensor.is_meta for tensor in (obs, state, *after))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_a_run_on_the_gpu(policy, fake):
+    fake()
+    there = train(Args(**FAKE | dict(device="cuda", total_timesteps=640, policy=policy)))
+    here = train(Args(resume=there["run_dir"], device="cpu"))
+    assert here["global_step"] == 640 and math.isfinite(here["final_return"])
+
+
+def test_every_process_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for device in ("auto", "cuda"):
+        with pytest.raises(ddpl_isaaclab.RunError, match="--device.*must be cpu, or .* at most 2"):
+            ddpl_isaaclab.check_args(Args(device=device))
+    ddpl_isaaclab.check_args(Args(device="cpu"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    ddpl_isaaclab.check_args(Args())
 
 
 # ---- several processes, on the stand-in
 
 
-def play_rank(rank, port, kill_at, options):
-    """One of two processes as torchrun starts them; the first dies after the checkpoint at step `kill_at`."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    save_checkpoint, begin, learners = ddpl_isaaclab.save_checkpoint, Learner.__init__, []
+def play_rank(rank, port, kill_at, stop_at, options):
+    """One of two processes as torchrun starts them; writes its parameters at the end.
 
-    def killed(run_dir, contents):
-        save_checkpoint(run_dir, contents)
-        if contents["progress"][0] == kill_at:
+    The first dies after the checkpoint at step `kill_at`; the second gets a SIGTERM in its step number `stop_at`.
+    """
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    save_checkpoint, begin, learners = ddpl_isaaclab.save_checkpoint, Learner.__init__, []
+    step, steps = fake_isaac.FakeMARLEnv.step, []
+
+    def killed(run_dir, args, progress, *others):
+        save_checkpoint(run_dir, args, progress, *others)
+        if progress.global_step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def stopped(self, actions):
+        steps.append(0)
+        if rank == 1 and len(steps) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, actions)
 
     def spy(self, *args):
         begin(self, *args)
         learners.append(self)
 
-    ddpl_isaaclab.save_checkpoint, Learner.__init__ = killed, spy
+    ddpl_isaaclab.save_checkpoint, Learner.__init__, fake_isaac.FakeMARLEnv.step = killed, spy, stopped
     ddpl_isaaclab.main(Args(**options))
     torch.save(learners[0].state_dict(), f"parameters_{rank}.pt")
 
 
-def two_processes(kill_at=-1, **options):
+def two_processes(kill_at=-1, stop_at=-1, **options):
+    """The exit codes of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(play_rank, (port, kill_at, options), nprocs=2, start_method="fork")
+    fork = mp.get_context("fork")
+    processes = [fork.Process(target=play_rank, args=(rank, port, kill_at, stop_at, options)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
-def test_two_processes_and_their_resumption(fake):
-    """Equal parameters, other episodes, one run folder; with a kill in between everything ends just as without."""
-    options = FAKE | dict(total_timesteps=1_280, eval_interval=640, checkpoint_interval=320)
+TWO = FAKE | dict(total_timesteps=1_280, eval_interval=640, checkpoint_interval=320)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The run folder of two processes that torchrun has started, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", fake_isaac.__file__]
-    done = subprocess.run([*program, *command(ddpl_isaaclab, **options)[2:]], capture_output=True, text=True)
+    done = subprocess.run([*program, *command(ddpl_isaaclab, **TWO)[2:]], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    (whole,) = Path("runs").iterdir()
-    assert done.stdout.count("final return") == 1 and len(list(whole.glob("events.out.tfevents*"))) == 1
-    theirs = torch.load(whole / "checkpoint.pt", weights_only=True)
-    first, second = (stored["data"][0] for stored in theirs["buffers"])
-    assert first.shape == second.shape == (640, 2, 2) and not torch.equal(first, second)
-    assert evaluations(whole)[-1]["episodes"] == "16" and theirs["progress"][0] == 1_280
+    (run_dir,) = folder.glob("runs/*")
+    return run_dir, done.stdout
 
+
+def test_two_processes_share_one_run(two):
+    """Equal networks, other episodes, one run folder."""
+    run_dir, printed = two
+    assert printed.count("final return") == 1 and len(list(run_dir.glob("events.out.tfevents*"))) == 1
+    contents = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    first, second = (stored["data"][0] for stored in contents["buffers"])
+    assert first.shape == second.shape == (640, 2, 2) and not torch.equal(first, second)
+    assert evaluations(run_dir)[-1]["episodes"] == "16" and contents["progress"]["global_step"] == 1_280
+
+
+def test_two_processes_killed_stopped_and_resumed(two, fake, capfd):
+    """Everything ends just as without. One of them is told to stop: both do, at the same step."""
     fake()
-    with pytest.raises(mp.ProcessExitedException):
-        two_processes(kill_at=640, **options)
-    (run_dir,) = set(Path("runs").iterdir()) - {whole}
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"][0] == 640
+    assert two_processes(kill_at=640, **TWO) == [-signal.SIGKILL, 1]
+    (run_dir,) = Path("runs").iterdir()
+    assert global_step(run_dir / "checkpoint.pt") == 640
     assert "2 processes, not 1" in error_of(ddpl_isaaclab, resume=str(run_dir))
-    two_processes(resume=str(run_dir))
-    ours = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    capfd.readouterr()
+    assert two_processes(stop_at=14, resume=str(run_dir)) == [1, 128 + signal.SIGTERM]  # at step 864
+    stopped = f"stopped at step 880; the last checkpoint is from step 640; go on with --resume {run_dir}"
+    errors = capfd.readouterr().err
+    assert errors.count(stopped) == 1 and "Traceback" not in errors
+    assert two_processes(resume=str(run_dir)) == [0, 0]
+    theirs, ours = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (two[0], run_dir))
     assert all(equal(ours[key], theirs[key]) for key in ours.keys() - {"progress"})
-    assert evaluations(run_dir) == evaluations(whole)
+    assert evaluations(run_dir) == evaluations(two[0])
     for rank in (0, 1):
         assert equal(torch.load(f"parameters_{rank}.pt", weights_only=True), theirs["learner"])
+
+
+@pytest.mark.parametrize("failure", ["locked", "damaged", "nan"])
+def test_a_failure_of_one_process_ends_both(failure, two, fake, tmp_path, monkeypatch, capfd):
+    """With one sentence in all, and no other process waits for ever."""
+    fake()
+    run_dir = tmp_path / "copy"
+    shutil.copytree(two[0], run_dir)
+    with contextlib.ExitStack() as held:
+        options = dict(resume=str(run_dir))
+        if failure == "locked":
+            held.enter_context(ddpl_isaaclab.locked(run_dir))
+            sentence = "in use by process"
+        elif failure == "damaged":
+            contents = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+            contents["buffers"][1]["data"][2][5] = math.nan
+            torch.save(contents, run_dir / "checkpoint.pt")
+            sentence = "is damaged"
+        else:
+            step_of_nan(monkeypatch, lambda *after: nan_obs(*after) if ddpl_isaaclab.rank() else after, 3)
+            options, sentence = TWO, "an observation is NaN or infinite at step 80"
+        assert two_processes(**options) == [1, 1]
+    errors = capfd.readouterr().err
+    assert errors.count(sentence) == errors.count("ddpl_isaaclab.py: error: ") == 1 and "Traceback" not in errors
 
 
 def learn(rank, world_size, policy):
@@ -238,18 +320,25 @@ def learn(rank, world_size, policy):
 
     def fixed(*shape, device=None):
         """Numbers between 0 and 1 that differ along all axes but the last two, batch and action."""
+        shape = shape[0] if isinstance(shape[0], tuple) else shape
         count = math.prod(shape[:-2])
         return (torch.arange(1, count + 1) * 0.618 % 1).view(*shape[:-2], 1, 1).expand(shape)
 
     def fixed_steps(low, high, shape, device):
         return (low + torch.arange(shape[1])[:, None] % (high - low)).expand(shape)
 
+    class Plain:
+        def __init__(self, parameters, lr):
+            self.param_groups = [{"params": list(parameters)}]
+
+        def descend(self, gradients):
+            with torch.no_grad():
+                for parameter, gradient in zip(self.param_groups[0]["params"], gradients, strict=True):
+                    parameter -= 0.1 * gradient
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "Adam", lambda parameters, lr, fused: torch.optim.SGD(parameters, 0.1))
+        patch.setattr(ddpl_isaaclab, "Adam", Plain)
         learner = Learner(Args(policy=policy, actor_batch_size=share), 2, 3, 2, 5, mask)
-        if world_size > 1:
-            for optimizer in learner.optimizers():
-                optimizer.register_step_pre_hook(ddpl_isaaclab.average_gradients)
         for name in ("rand", "randn"):
             patch.setattr(torch, name, fixed)
             patch.setattr(torch, f"{name}_like", lambda x: fixed(*x.shape))
@@ -261,6 +350,28 @@ def learn(rank, world_size, policy):
         for _ in range(5):
             ddpl_isaaclab.update(learner, batch)
     torch.save(learner.state_dict(), f"{world_size}_{rank}.pt")
+
+
+def learn_compiled(rank, world_size):
+    """A few steps of the temperature, alone a whole update; writes it."""
+    torch.distributed.init_process_group("gloo", f"file://{Path.cwd()}/meet", rank=rank, world_size=world_size)
+    for name, wrap in (("eager", lambda function, learner: function), ("compiled", ddpl_isaaclab.compiled)):
+        torch.manual_seed(0)
+        learner = Learner(Args(), 2, 3, 2, 5, torch.ones(2, 2))
+        step = wrap(ddpl_isaaclab.update_temperature, learner)
+        for _ in range(3):
+            step(learner, torch.tensor([1.0, 2.0]) - 2.5 * rank)  # of opposite signs but for the mean
+        torch.save(learner.log_temperature.detach(), f"{name}_{rank}.pt")
+
+
+def test_two_compiled_processes_average_their_gradients():
+    mp.start_processes(learn_compiled, (2,), nprocs=2, start_method="fork")
+    one, other, eager, start = (
+        *(torch.load(f"{name}.pt", weights_only=True) for name in ("compiled_0", "compiled_1", "eager_0")),
+        Learner(Args(), 2, 3, 2, 5, torch.ones(2, 2)).log_temperature,
+    )
+    assert torch.equal(one, other) and ((one - start).sign() == torch.tensor([1, -1])).all()
+    torch.testing.assert_close(one, eager, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
@@ -280,14 +391,15 @@ def test_two_processes_learn_as_one_does_from_the_joint_batch(policy):
 
 ISAAC_LAB = importlib.util.find_spec("isaaclab") is not None or "ISAACLAB_REQUIRED" in os.environ
 real = pytest.mark.skipif(not ISAAC_LAB, reason="Isaac Lab is not installed (requirements-isaaclab.txt)")
+E = 64  # environments
 
 
 @pytest.fixture(scope="module")
 def pendulum():
-    """The registered task with eight environments; a process can open one simulation only."""
+    """The registered task with E environments; a process can open one simulation only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ISAACSIM_ASSET_ROOT", ASSETS)
-        with make_env(Args(num_envs=8)) as env:
+        with make_env(Args(num_envs=E, device="cpu")) as env:
             yield env
 
 
@@ -295,9 +407,9 @@ def pendulum():
 def test_shapes_of_the_pendulum(pendulum):
     obs, state = pendulum.reset(0)
     assert pendulum.agents == ["cart", "pendulum"] and pendulum.action_mask().tolist() == [[1], [1]]
-    assert obs.shape == (8, 2, 4) and state.shape == (8, 7) and pendulum.state_size == 7 and not pendulum.own_state
+    assert obs.shape == (E, 2, 4) and state.shape == (E, 7) and pendulum.state_size == 7 and not pendulum.own_state
     assert (obs[:, 1, 3] == 0).all() and torch.equal(state, pendulum.env.state())
-    after = pendulum.step(2 * torch.rand(8, 2, 1) - 1)
+    after = pendulum.step(2 * torch.rand(E, 2, 1) - 1)
     assert torch.equal(after.state, pendulum.env.state())
     rewards = pendulum.env.reward_dict
     assert torch.equal(rewards["cart"], rewards["pendulum"]) and torch.equal(after.reward, rewards["cart"])
@@ -306,9 +418,9 @@ def test_shapes_of_the_pendulum(pendulum):
 @real
 def test_pendulum_restarts_in_the_step_it_falls_and_keeps_the_true_end(pendulum):
     obs, _ = pendulum.reset(0)
-    fallen = torch.zeros(8, dtype=torch.bool)
+    fallen = torch.zeros(E, dtype=torch.bool)
     for _ in range(60):
-        after = pendulum.step(torch.ones(8, 2, 1))
+        after = pendulum.step(torch.ones(E, 2, 1))
         cart, pole = after.next_obs[:, 0, 0], after.next_obs[:, 0, 2]
         out = (cart.abs() > 3) | (pole.abs() > math.pi / 2)
         assert torch.equal(after.ended, out) and torch.equal(after.terminated, out)
@@ -316,7 +428,7 @@ def test_pendulum_restarts_in_the_step_it_falls_and_keeps_the_true_end(pendulum)
         assert (after.obs[out][:, 0, :2] == 0).all() and (after.obs[out][:, 0, 2].abs() <= math.pi / 4).all()
         assert torch.equal(after.next_obs[~out], after.obs[~out])
         moved, velocity = after.next_obs[:, 0, 0] - obs[:, 0, 0], (after.next_obs + obs)[:, 0, 1] / 2
-        torch.testing.assert_close(moved, velocity / 60, atol=0.1, rtol=0)  # goes on from the last one
+        torch.testing.assert_close(moved, velocity / 60, atol=0.15, rtol=0)  # goes on from the last one
         obs, fallen = after.obs, fallen | out
     assert fallen.all()
 
@@ -325,15 +437,15 @@ def test_pendulum_restarts_in_the_step_it_falls_and_keeps_the_true_end(pendulum)
 def test_pendulum_times_out_without_terminating(pendulum):
     pendulum.reset(0)
     pendulum.env.episode_length_buf[:4] = 298
-    after = pendulum.step(torch.zeros(8, 2, 1))
-    assert torch.equal(after.ended, torch.arange(8) < 4) and not after.terminated.any()
+    after = pendulum.step(torch.zeros(E, 2, 1))
+    assert torch.equal(after.ended, torch.arange(E) < 4) and not after.terminated.any()
     assert (after.next_obs[:4, 0, 1] != 0).all() and (after.obs[:4, 0, 1] == 0).all()  # the cart's velocity
 
 
 @real
 def test_pendulum_repeats_itself(pendulum):
     """To the last bit, after whatever went before; a resumed run relies on it."""
-    actions = 2 * torch.rand(40, 8, 2, 1) - 1
+    actions = 2 * torch.rand(40, E, 2, 1) - 1
     twice = []
     for _ in range(2):
         obs = [pendulum.reset(3)[0]]
@@ -343,22 +455,18 @@ def test_pendulum_repeats_itself(pendulum):
     assert torch.equal(*twice)
 
 
-REAL = dict(total_timesteps=19_200, num_envs=64, learning_starts=1_280, steps_per_update=8, batch_size=128)
+REAL = dict(total_timesteps=19_200, num_envs=E, device="cpu", learning_starts=1_280, steps_per_update=8, batch_size=128)
 REAL |= dict(critic_hidden=64, actor_hidden=64, eval_interval=19_200, checkpoint_interval=9_600, policy="gaussian")
-
-
-def run(folder, **options):
-    """A process with a simulation of its own, in this folder."""
-    environment = os.environ | {"ISAACSIM_ASSET_ROOT": ASSETS, "OMP_NUM_THREADS": "1"}
-    log = open(folder / "log.txt", "a")
-    return subprocess.Popen(command(ddpl_isaaclab, **options), cwd=folder, env=environment, stdout=log, stderr=log)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a finished run, and a copy of it from half-way."""
     folder = tmp_path_factory.mktemp("real")
-    process = run(folder, **REAL)
+    environment = os.environ | {"ISAACSIM_ASSET_ROOT": ASSETS, "OMP_NUM_THREADS": "1"}
+    log = open(folder / "log.txt", "w")
+    program = command(ddpl_isaaclab, **REAL)
+    process = subprocess.Popen(program, cwd=folder, env=environment, stdout=log, stderr=log)
 
     def half_way():
         return any(global_step(checkpoint) == 9_600 for checkpoint in folder.glob("runs/*/checkpoint.pt"))
@@ -381,28 +489,46 @@ def test_return_on_the_pendulum_rises(trained):
 
 
 @real
-def test_pendulum_resumed_half_way_ends_as_without(trained):
+def test_pendulum_resumed_half_way_ends_as_without(trained, pendulum, monkeypatch):
+    """In another process, and in a simulation that has done other things before."""
     run_dir, half = trained
-    process = run(half.parent, resume=half)
-    assert process.wait() == 0, (half.parent / "log.txt").read_text()
+    monkeypatch.setattr(ddpl_isaaclab, "make_env", lambda args: contextlib.nullcontext(pendulum))
+    train(Args(resume=str(half)))
     ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (half, run_dir))
     assert all(equal(ours[key], theirs[key]) for key in ours.keys() - {"progress"})
     assert evaluations(half) == evaluations(run_dir)
 
 
 @real
-def test_evaluate_plays_the_pendulum(trained):
-    run_dir, _ = trained
-    process = run(run_dir.parent.parent, evaluate=run_dir, num_envs=16)
-    assert process.wait() == 0
-    log = (run_dir.parent.parent / "log.txt").read_text()
+def test_evaluate_plays_the_pendulum(trained, pendulum, monkeypatch, capsys):
+    monkeypatch.setattr(ddpl_isaaclab, "make_env", lambda args: contextlib.nullcontext(pendulum))
+    monkeypatch.setattr(pendulum.env.cfg, "episode_length_s", 2.5)
+    ddpl_isaaclab.main(Args(evaluate=str(trained[0])))
+    printed = capsys.readouterr().out.splitlines()
     for mode in ("stochastic", "deterministic"):
-        (line,) = [line for line in log.splitlines() if line.startswith(mode)]
-        assert "over 16 episodes" in line and "success rate" in line
+        (line,) = [line for line in printed if line.startswith(mode)]
+        assert f"over {E} episodes" in line and "success rate" in line
         assert float(line.split()[2]) > 2
 
 
-# ---- bad input
+# ---- bad input, and what stops a run
+
+
+@pytest.mark.parametrize("failure", ddpl_isaaclab.FAILURES, ids=lambda failure: failure.__name__)
+def test_the_launcher_sees_no_failure(failure, fake):
+    """It would print a traceback, or end the process before the sentence that says why."""
+    events = fake()
+    with pytest.raises(failure), make_env(Args(task=fake_isaac.TASK, num_envs=1, device="cpu")):
+        raise failure
+    assert events == ["launch", "shut down"]
+
+
+def test_a_signal_stops_in_order(fake):
+    events = fake()
+    sentence = "stopped at step 80; the last checkpoint is from step 0; go on with --resume runs/"
+    with pytest.raises(ddpl_isaaclab.Stopped, match=sentence):
+        train(Args(**FAKE), signals=[signal.SIGINT])
+    assert events == ["launch", "shut down"]
 
 
 def test_without_isaac_lab(monkeypatch):
@@ -433,21 +559,68 @@ def test_invalid_numbers(options):
     error_about(ddpl_isaaclab, **options)
 
 
-def test_nan_reward_stops_and_keeps_the_checkpoint(fake, monkeypatch):
-    """Seen at the next log point: to look at every step would have the host wait for the device."""
-    events = fake()
+def nan_obs(obs, rewards, *rest):
+    return {agent: value * math.nan for agent, value in obs.items()}, rewards, *rest
+
+
+def nan_reward(obs, rewards, *rest):
+    return obs, {agent: reward * math.nan for agent, reward in rewards.items()}, *rest
+
+
+def nan_final_obs(obs, rewards, terminated, truncated, extras):
+    """Only what is stored of the old episodes; all have ended."""
+    ended = {agent: torch.ones_like(end) for agent, end in truncated.items()}
+    extras = extras | {agent: {"final_obs": value * math.nan} for agent, value in obs.items()}
+    return obs, rewards, terminated, ended, extras
+
+
+def step_of_nan(monkeypatch, damage, at):
+    """Damage what the environment's step number `at` returns."""
     step, calls = fake_isaac.FakeMARLEnv.step, []
 
-    def poisoned(self, actions):
-        obs, rewards, *rest = step(self, actions)
+    def damaged(self, actions):
         calls.append(self)
-        return obs, {agent: r * (math.nan if len(calls) == 63 else 1) for agent, r in rewards.items()}, *rest
+        return damage(*step(self, actions)) if len(calls) == at else step(self, actions)
 
-    monkeypatch.setattr(fake_isaac.FakeMARLEnv, "step", poisoned)
-    assert "the reward is NaN or infinite at step 560" in error_of(ddpl_isaaclab, **FAKE)  # step 504
+    monkeypatch.setattr(fake_isaac.FakeMARLEnv, "step", damaged)
+
+
+NAN = [(nan_obs, "an observation"), (nan_final_obs, "an observation"), (nan_reward, "the reward")]
+
+
+@pytest.mark.parametrize("damage, name", NAN)
+@pytest.mark.parametrize("log_interval, seen_at", [(80, 560), (10_000, 800)], ids=["log point", "checkpoint"])
+def test_nan_of_the_simulation_stops_and_loses_nothing(damage, name, log_interval, seen_at, fake, monkeypatch):
+    """Seen at the next log point or before a checkpoint, since to look at every step would stop the host each time.
+
+    Until then the environments may have started anew, and nobody may have learned from the transition in the buffer.
+    """
+    events = fake()
+    monkeypatch.setattr(ddpl_isaaclab, "update", lambda learner, batch: {})
+    options = FAKE | dict(log_interval=log_interval, eval_interval=10_000, checkpoint_interval=400)
+    with monkeypatch.context() as patch:
+        step_of_nan(patch, damage, 63)  # global step 504
+        assert f"{name} is NaN or infinite at step {seen_at}" in error_of(ddpl_isaaclab, **options)
     assert events == ["launch", "shut down"]
     (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
-    assert torch.load(checkpoint, weights_only=True)["progress"][0] == 400
+    assert global_step(checkpoint) == 400
+    assert train(Args(resume=str(checkpoint.parent)))["global_step"] == 1_600
+
+
+def test_nan_at_a_reset_is_an_observation(fake, monkeypatch):
+    fake()
+    reset = fake_isaac.FakeMARLEnv.reset
+    monkeypatch.setattr(fake_isaac.FakeMARLEnv, "reset", lambda self, **o: nan_obs(reset(self, **o)[0], {}))
+    assert "an observation is NaN or infinite at step 80" in error_of(ddpl_isaaclab, **FAKE)
+
+
+def test_a_diverged_policy_is_not_blamed_on_the_simulation(fake, monkeypatch):
+    """Its actions make the observations NaN in the same step."""
+    fake()
+    sample = ddpl_isaaclab.DiffusionPolicy.sample
+    monkeypatch.setattr(ddpl_isaaclab.DiffusionPolicy, "sample", lambda self, obs, *o: sample(self, obs, *o) * math.nan)
+    options = FAKE | dict(policy="diffusion", steps_per_update=800)
+    assert "the action is NaN or infinite at step 240" in error_of(ddpl_isaaclab, **options)
 
 
 def test_nan_weights_are_never_saved(fake, monkeypatch):
@@ -463,6 +636,35 @@ def test_nan_weights_are_never_saved(fake, monkeypatch):
     assert "critic.hidden.weight is NaN or infinite at step 400" in message
     (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
     assert torch.load(checkpoint, weights_only=True)["learner"]["critic.hidden.weight"].isfinite().all()
+
+
+DAMAGES = {
+    "buffers missing": lambda contents: contents.pop("buffers"),
+    "no buffer": lambda contents: contents["buffers"][0].clear(),
+    "a column missing": lambda contents: contents["buffers"][0]["data"].pop(),
+    "fewer rows": lambda contents: contents["buffers"][0].update(added=5),
+    "negative": lambda contents: contents["buffers"][0].update(added=-8),
+    "no number": lambda contents: contents["buffers"][0].update(added="8"),
+    "NaN": lambda contents: contents["buffers"][0]["data"][6].fill_(math.nan),
+    "optimizers": lambda contents: contents["optimizers"].pop(),
+    "progress": lambda contents: contents["progress"].pop("updates"),
+    "success rate": lambda contents: contents["progress"]["rows"][0].pop("success_rate"),
+}
+
+
+def test_damaged_checkpoints_are_refused(fake, tmp_path, subtests):
+    fake()
+    run_dir = Path(train(Args(**FAKE | dict(total_timesteps=640)))["run_dir"])
+    whole = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    whole["progress"]["rows"] = [dict.fromkeys(EVALUATION_COLUMNS, 0.0) | {"mode": "stochastic"}]
+    for name, damage in DAMAGES.items():
+        with subtests.test(name):
+            contents = copy.deepcopy(whole)
+            damage(contents)
+            torch.save(contents, tmp_path / "checkpoint.pt")
+            assert "is damaged" in error_of(ddpl_isaaclab, resume=str(tmp_path))
+    torch.save(whole, tmp_path / "checkpoint.pt")
+    assert train(Args(resume=str(tmp_path)))["global_step"] == 640
 
 
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])

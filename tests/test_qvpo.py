@@ -1,9 +1,10 @@
 """qvpo.py: its maths, its update against the published procedure, its loop on real Gymnasium tasks, its run folders."""
 
+import contextlib
 import csv
 import itertools
 import json
-import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import checkpoint_of, command, equal, error_about, error_of, kill_and_resume, recorded
+from helpers import checkpoint_of, equal, error_about, error_of, kill_and_resume, recorded
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import qvpo
 from benchmark.qvpo_published import PublishedLearner
@@ -20,11 +24,11 @@ from qvpo import Args, Batch, Learner, make_env, train, with_preset
 
 SIZES = dict(hidden=16, denoising_steps=3, num_candidates=4, batch_size=16, num_uniform=2)
 SMALL = SIZES | dict(total_timesteps=900, learning_starts=100, eval_interval=300, eval_episodes=2, num_threads=1)
-SMALL |= dict(final_eval_episodes=3, log_interval=100, checkpoint_interval=250)
+SMALL |= dict(final_eval_episodes=3, log_interval=100, checkpoint_interval=250, steps_per_update=4)
 
 
-def learner(obs_size=5, action_size=3, **options):
-    return Learner(with_preset(Args(**SIZES | options)), obs_size, action_size)
+def learner(obs_size=5, action_size=3, device="cpu", **options):
+    return Learner(with_preset(Args(**SIZES | options)), obs_size, action_size, device)
 
 
 def random_batch(size=16, obs_size=5, action_size=3):
@@ -53,7 +57,7 @@ def test_sampler_is_diffusers(num_steps):
     policy, obs = learner(denoising_steps=num_steps).policy, torch.randn(4, 5)
     torch.manual_seed(1)
     ours = policy.sample(obs, 6)
-    theirs, features = scheduler(num_steps), policy.step_features()
+    theirs, features = scheduler(num_steps), policy.time_features()
     torch.manual_seed(1)
     x = torch.randn(6, 4, 3)
     for t in theirs.timesteps:
@@ -113,9 +117,9 @@ def test_acting_takes_the_best_and_one_candidate_is_plain_sampling():
 
 def test_evaluation_plays_the_best_of_more_candidates():
     model, asked = learner(behavior_candidates=3, eval_candidates=7), []
-    model.act = lambda obs, num_candidates: asked.append(num_candidates)
+    model.act = lambda obs, num_candidates: (asked.append(num_candidates), 2 * obs)[1]
     for act in qvpo.ways_to_play(model).values():
-        act(None)
+        assert np.array_equal(act(np.ones((1, 5), np.float32)), 2 * np.ones((1, 5)))
     assert asked == [3, 7] and Args().eval_candidates == 32
 
 
@@ -136,7 +140,7 @@ def test_gradient_is_that_of_weighted_behaviour_cloning():
             total = 0.0
             for k, b in itertools.product(range(2), range(7)):
                 x_t = noising.add_noise(actions[k, b], noise[k, b], t[k, b] - 1)
-                context = policy.observation(obs[b]) + policy.step_features()[t[k, b] - 1]
+                context = policy.observation(obs[b]) + policy.time_features()[t[k, b] - 1]
                 error = policy(context[None, None], x_t[None, None])[0, 0] - noise[k, b]
                 total += weights[k, b] * error.square().mean()
             return total / 14
@@ -199,8 +203,8 @@ def test_without_entropy_only_the_best_candidates_are_learned():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qvpo, "denoising_loss", spy)
-        qvpo.update_policy(model, obs, 0.0)
-        qvpo.update_policy(model, obs, 0.1)
+        qvpo.update_policy(model, obs, None)
+        qvpo.update_policy(model, obs, torch.tensor(0.1))
     (actions, weights), (more_actions, more_weights) = learned
     assert actions.shape == (1, 16, 3) and weights.shape == (1, 16)
     assert more_actions.shape == (3, 16, 3)
@@ -214,11 +218,101 @@ def test_entropy_coefficient_decays_to_its_floor():
     assert qvpo.entropy_coefficient(Args(entropy_coefficient=0.001), 10) == 0.001
 
 
-def test_gradients_are_clipped():
-    weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([weight], 1.0)
-    qvpo.take_step(optimizer, (weight * torch.tensor([30.0, 40.0])).sum(), 2.0)
-    torch.testing.assert_close(weight.detach(), torch.tensor([-1.2, -1.6]))
+@pytest.mark.parametrize("size", [1e-3, 0.7, 30.0])
+def test_gradients_are_clipped(size):
+    """To the same bits as PyTorch's own clipping, and not at all where they are small."""
+    weights = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((5, 3), (4,), (1,))]
+    slopes = [size * torch.randn_like(weight) for weight in weights]
+    optimizer, descended = qvpo.Adam(weights, 1.0), []
+    optimizer.descend = descended.extend
+    qvpo.take_step(optimizer, sum((weight * slope).sum() for weight, slope in zip(weights, slopes)), 2.0)
+    for weight, slope in zip(weights, slopes):
+        weight.grad = slope.clone()
+    torch.nn.utils.clip_grad_norm_(weights, 2.0)
+    assert all(torch.equal(ours, weight.grad) for ours, weight in zip(descended, weights, strict=True))
+    assert (torch.cat([ours.flatten() for ours in descended]).norm() < 1.999) == (size < 0.1)
+
+
+# ---- devices, compiled
+
+
+def tensors_of(model):
+    """All that a learner holds: networks, buffers and optimisers."""
+    states = [state for optimizer in model.optimizers() for state in optimizer.state.values()]
+    return [*model.parameters(), *model.buffers(), *(tensor for state in states for tensor in state.values())]
+
+
+class OnTheMetaDevice(TorchDispatchMode):
+    """Whatever any operation returns lies there: an index from the CPU, for one, would be accepted silently."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert all(leaf.is_meta for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)), function
+        return result
+
+
+@pytest.mark.parametrize("options", [dict(), dict(q_transform="qcut", bfloat16=True)], ids=str)
+def test_an_update_leaves_no_tensor_behind(options, monkeypatch):
+    """On PyTorch's meta device most operations with a tensor from elsewhere raise."""
+    stepped = []
+
+    def check_adam(parameters, gradients, *states, **_):  # Adam itself has no kernel for the meta device
+        tensors = [*parameters, *gradients, *(tensor for group in states for tensor in group)]
+        stepped.append(all(tensor.is_meta for tensor in tensors))
+
+    monkeypatch.setattr(qvpo, "adam", check_adam)
+    model = learner(device="meta", **options)
+    batch = Batch(*(column.to("meta") for column in random_batch()))
+    with OnTheMetaDevice():
+        metrics = qvpo.update(model, batch, batch.next_obs, torch.full((), 0.02, device="meta"))
+        model.act(batch.obs, 4)
+    assert stepped == [True, True] and all(tensor.is_meta for tensor in (*metrics.values(), *tensors_of(model)))
+
+
+def test_the_same_seed_starts_with_the_same_networks_on_every_device(monkeypatch):
+    """They are drawn on the CPU and then moved."""
+    drawn = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: (drawn.append(self.state_dict()), self)[1])
+    torch.manual_seed(0)
+    learner(device="meta")
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    assert equal(dict(drawn[0]), dict(learner().state_dict()))
+
+
+def test_a_run_traces_its_update_once_with_the_policy_and_once_without(monkeypatch):
+    """As one graph each, though the weight of the uniform actions changes with every step."""
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile(function, backend=counter, fullgraph=True))
+    train(Args(**SMALL | dict(total_timesteps=140, compile=True, bfloat16=True, final_eval_episodes=1)))
+    assert counter.frame_count == 2
+
+
+def test_compiled_equals_eager():
+    torch._dynamo.reset()
+    results = []
+    for compiling in (False, True):
+        torch.manual_seed(0)
+        model, batch = learner(denoising_steps=2), random_batch()
+        for optimizer in model.optimizers():
+            for state in optimizer.state.values():  # else Adam's first step is a sign, even that of a rounding error
+                state["exp_avg_sq"].fill_(1)
+                state["step"].fill_(1000)
+        update = qvpo.compiled(qvpo.update, model) if compiling else qvpo.update
+        metrics = [update(model, batch, batch.next_obs + 1, torch.tensor(weight)) for weight in (0.02, 0.01, 0.002)]
+        results.append([*tensors_of(model), *(value for row in metrics for value in row.values())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.parametrize("compiling", [False, True])
+def test_cuda(compiling):
+    """A run there, whose checkpoint is played on the CPU."""
+    result = train(Args(**SMALL, device="cuda", compile=compiling))
+    assert checkpoint_of(result)["device"] == "cuda"
+    qvpo.main(Args(evaluate=result["run_dir"], device="cpu", final_eval_episodes=1))
 
 
 # ---- environments
@@ -244,9 +338,16 @@ def test_every_task_is_flat_float32_and_takes_unit_actions(env_id):
         assert reward == pytest.approx(their_reward, rel=1e-4, abs=1e-5)
 
 
-def test_truncated_transitions_keep_their_true_next_observation(monkeypatch):
-    """Pendulum is cut at 200 steps and never terminates; the checkpoint at 500 starts both copies anew."""
-    rows = recorded(qvpo, monkeypatch, **SMALL | dict(num_envs=2, checkpoint_interval=500))
+@pytest.fixture(scope="module")
+def pendulums(tmp_path_factory):
+    """What two copies of Pendulum store, which is cut at 200 steps; the checkpoint at 500 starts both copies anew."""
+    with contextlib.chdir(tmp_path_factory.mktemp("pendulums")), pytest.MonkeyPatch.context() as patch:
+        return recorded(qvpo, patch, **SMALL | dict(num_envs=2, checkpoint_interval=500))
+
+
+def test_truncated_transitions_keep_their_true_next_observation(pendulums):
+    """Pendulum never terminates."""
+    rows = pendulums
     assert not rows.terminated.any() and rows.actions.abs().max() <= 1
     continues = (rows.next_obs[:-1] == rows.obs[1:]).all(-1)
     assert [i + 1 for i in range(449) if not continues[i].all()] == [200, 250]
@@ -256,19 +357,18 @@ def test_truncated_transitions_keep_their_true_next_observation(monkeypatch):
     torch.testing.assert_close(turn, 0.05 * rows.next_obs[..., 2], atol=1e-3, rtol=0)  # also over the ends
 
 
+def test_copies_and_checkpoints_start_different_episodes(pendulums):
+    starts = pendulums.obs[[0, 200, 250]].flatten(0, 1)  # of both copies: at the start, after an end and a checkpoint
+    assert len(starts.unique(dim=0)) == 6
+
+
 def test_terminated_transitions_say_so(monkeypatch):
     rows = recorded(qvpo, monkeypatch, **SMALL | dict(env_id="InvertedDoublePendulum-v5", num_envs=2))
     assert 10 < rows.terminated.sum() < 450
     continues = (rows.next_obs[:-1] == rows.obs[1:]).all(-1)
     checkpoints = torch.zeros_like(continues)
     checkpoints[[124, 249, 374]] = True
-    assert torch.equal(continues, ~(rows.terminated[:-1] | checkpoints))
-
-
-def test_copies_and_checkpoints_start_different_episodes(monkeypatch):
-    rows = recorded(qvpo, monkeypatch, **SMALL | dict(num_envs=2))
-    starts = rows.obs[[0, 125]].flatten(0, 1)  # of both copies, at the start and after the first checkpoint
-    assert len(starts.unique(dim=0)) == 4
+    assert torch.equal(continues, ~(rows.terminated[:-1].bool() | checkpoints))
 
 
 # ---- run folders
@@ -297,28 +397,29 @@ def test_presets_fill_in_what_flags_leave_open():
 
 
 def test_same_seed_same_run_and_other_seed_another():
-    first, again, other = (checkpoint_of(train(Args(**SMALL, seed=seed))) for seed in (1, 1, 2))
+    options = SMALL | dict(total_timesteps=300, final_eval_episodes=1)
+    first, again, other = (checkpoint_of(train(Args(**options, seed=seed))) for seed in (1, 1, 2))
     assert equal(first["learner"], again["learner"]) and equal(first["buffer"], again["buffer"])
     assert not torch.equal(first["buffer"]["data"][0][0], other["buffer"]["data"][0][0])
 
 
 def test_evaluation_does_not_disturb_training():
-    often, rarely = (checkpoint_of(train(Args(**SMALL | dict(eval_interval=n, log_interval=n)))) for n in (100, 900))
+    options = SMALL | dict(total_timesteps=400, eval_episodes=1, final_eval_episodes=1)
+    often, rarely = (checkpoint_of(train(Args(**options | dict(eval_interval=n, log_interval=n)))) for n in (100, 400))
     assert equal(often["learner"], rarely["learner"])
 
 
 def test_killed_and_resumed_equals_never_killed():
     """On a task whose episodes end at different times in its two copies."""
-    options = SMALL | dict(env_id="Hopper-v5", num_envs=2, total_timesteps=2_000)
+    options = SMALL | dict(env_id="Hopper-v5", num_envs=2, total_timesteps=2_000, eval_interval=1_000)
     kill_and_resume(qvpo, kill_at=(500, 1250), **options)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("finished")
-    subprocess.run(command(qvpo, **SMALL), cwd=folder, check=True, capture_output=True)
-    return next(folder.glob("runs/*"))
+    with contextlib.chdir(tmp_path_factory.mktemp("finished")):
+        return Path(train(Args(**SMALL))["run_dir"]).absolute()
 
 
 def test_resuming_a_finished_run_repeats_its_result(finished):
@@ -326,13 +427,56 @@ def test_resuming_a_finished_run_repeats_its_result(finished):
     assert train(Args(resume=str(finished)))["episodic_returns"] == before["episodic_returns"]
 
 
-def test_evaluate_prints_returns_and_films(finished):
-    flags = [*command(qvpo, evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
-    done = subprocess.run(flags, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "stochastic" in done.stdout and "deterministic" in done.stdout and "5 episodes" in done.stdout
+def test_evaluate_prints_returns_and_films(finished, capsys):
+    qvpo.main(Args(evaluate=str(finished), final_eval_episodes=5, seed=7, capture_video=True))
+    printed = capsys.readouterr().out
+    assert "stochastic" in printed and "deterministic" in printed and "5 episodes" in printed
     for mode in ("stochastic", "deterministic"):
         assert (finished / f"{mode}.gif").read_bytes()[:3] == b"GIF"
+
+
+def changed(finished, folder, **arguments):
+    """A folder with the finished run's checkpoint, in which these arguments stand."""
+    contents = torch.load(finished / "checkpoint.pt", weights_only=True)
+    contents["args"] |= arguments
+    torch.save(contents, folder / "checkpoint.pt")
+    return str(folder)
+
+
+@pytest.fixture
+def accepted(monkeypatch):
+    """The arguments of the runs that got as far as the training loop."""
+    runs = []
+    monkeypatch.setattr(qvpo, "training_loop", lambda args, *_: runs.append(args))
+    return runs
+
+
+def test_a_resumed_run_keeps_its_preset(finished, tmp_path, accepted):
+    """And the sizes that the preset had filled in. Flags may repeat them, but not ask for others."""
+    run_dir = changed(finished, tmp_path, preset="paper", behavior_candidates=5)
+    train(Args(resume=run_dir))
+    train(Args(resume=run_dir, preset="paper", behavior_candidates=5), given=["preset", "behavior_candidates"])
+    for args in accepted:
+        assert (args.preset, args.hidden, args.behavior_candidates, args.target_candidates) == ("paper", 16, 5, 2)
+    assert len(accepted) == 2
+    assert "ran with --preset paper, not laptop" in error_of(qvpo, given=["preset"], resume=run_dir)
+    assert "ran with --behavior-candidates 5, not 4" in error_of(qvpo, resume=run_dir, behavior_candidates=4)
+    assert "ran with --hidden 16, not None" in error_of(qvpo, given=["hidden"], resume=run_dir)
+
+
+def test_a_signal_ends_the_run_at_once_and_says_what_is_saved():
+    class AtStep(list):
+        """A signal that arrives after that many environment steps."""
+
+        def __bool__(self):
+            self[0] -= 1
+            return self[0] < 0
+
+    with pytest.raises(qvpo.Stopped) as stopped:
+        train(Args(**SMALL), signals=AtStep([260]))
+    (run_dir,) = Path("runs").iterdir()
+    said = f"stopped at step 260; the last checkpoint is from step 250; go on with --resume {run_dir}"
+    assert str(stopped.value) == said and checkpoint_of({"run_dir": run_dir})["progress"]["global_step"] == 250
 
 
 # ---- bad input
@@ -340,11 +484,46 @@ def test_evaluate_prints_returns_and_films(finished):
 
 @pytest.mark.parametrize(
     "env_id, why",
-    [("Hoper-v5", "Did you mean"), ("CartPole-v1", "Discrete"), ("Hopper-v99", "v5"), ("dm_control/cart-v0", "exist")],
+    [
+        ("Hoper-v5", "Did you mean"),
+        ("CartPole-v1", "Discrete"),
+        ("Hopper-v99", "v5"),
+        ("Hopper-v2", "gymnasium-robotics"),
+        ("dm_control/cart-v0", "exist"),
+        ("no_such_module:Pendulum-v1", "No module named 'no_such_module'"),
+        ("a:b:c", "no name of a task"),
+        (":Pendulum-v1", "no name of a task"),
+        (".a:Pendulum-v1", "no name of a task"),
+        ("", "no name of a task"),
+    ],
 )
 def test_unfit_tasks(env_id, why):
     message = error_of(qvpo, env_id=env_id)
     assert "--env-id" in message and why in message and "Hopper-v5" in message and not Path("runs").exists()
+
+
+def test_what_fails_inside_a_task_is_not_blamed_on_its_name(monkeypatch):
+    def fail(self, **_):
+        raise ValueError("a fault of its own")
+
+    monkeypatch.setattr("gymnasium.envs.classic_control.PendulumEnv.__init__", fail)
+    with pytest.raises(ValueError, match="a fault of its own"):
+        make_env("Pendulum-v1")
+
+
+def test_a_module_is_imported_on_the_users_word_alone(finished, tmp_path, accepted, monkeypatch):
+    """gym.make imports what stands before a colon: not because a checkpoint says so."""
+    (tmp_path / "payload.py").write_text("open('imported', 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    env_id = "payload:Pendulum-v1"
+    run_dir = changed(finished, tmp_path, env_id=env_id)
+    for flag in ("resume", "evaluate"):
+        assert env_id in error_of(qvpo, **{flag: run_dir})
+        assert env_id in error_of(qvpo, given=["seed"], **{flag: run_dir, "seed": 1})
+        assert not Path("imported").exists() and "payload" not in sys.modules
+    train(Args(resume=run_dir, env_id=env_id))
+    assert Path("imported").exists() and accepted[0].env_id == env_id
+    del sys.modules["payload"]
 
 
 @pytest.mark.parametrize(
@@ -362,8 +541,16 @@ def test_unfit_tasks(env_id, why):
         dict(actor_lr=float("nan")),
         dict(max_grad_norm=0.0),
         dict(entropy_coefficient=-0.1),
+        dict(min_entropy_coefficient=1e300),
         dict(checkpoint_interval=0),
         dict(buffer_size=3, num_envs=4),
+        dict(batch_size=5, buffer_size=4),
+        dict(learning_starts=900, total_timesteps=900),
+        dict(hidden="wide"),
+        dict(hidden=128.0),
+        dict(policy_frequency=True),
+        dict(actor_lr="fast"),
+        dict(preset=["laptop"]),
     ],
     ids=str,
 )
@@ -371,10 +558,16 @@ def test_invalid_numbers(options):
     error_about(qvpo, **options)
 
 
-def test_invalid_choices_are_listed():
-    for flag, choices in (("preset", ("laptop", "paper")), ("q_transform", ("qadv", "qcut"))):
-        done = subprocess.run(command(qvpo, **{flag: "best"}), capture_output=True, text=True)
-        assert done.returncode != 0 and all(choice in done.stderr for choice in choices)
+@pytest.mark.parametrize("name, choices", [("preset", ("laptop", "paper")), ("q_transform", ("qadv", "qcut"))])
+def test_invalid_choices_are_listed(name, choices, monkeypatch, capsys):
+    """To who calls train, and on the command line."""
+    error_about(qvpo, **{name: "best"})
+    assert all(choice in error_of(qvpo, **{name: "best"}) for choice in choices)
+    monkeypatch.setattr(sys, "argv", ["qvpo.py", f"--{name.replace('_', '-')}=best"])
+    with pytest.raises(SystemExit):
+        qvpo.read_command_line()
+    printed = capsys.readouterr().err
+    assert all(choice in printed for choice in choices)
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
@@ -390,9 +583,17 @@ def test_video_where_nothing_can_be_drawn(monkeypatch):
     def no_display(self):
         raise RuntimeError("no display")
 
-    monkeypatch.setattr(gym.envs.classic_control.PendulumEnv, "render", no_display)
+    monkeypatch.setattr("gymnasium.envs.classic_control.PendulumEnv.render", no_display)
     message = error_of(qvpo, **SMALL, capture_video=True)
     assert "--capture-video" in message and "MUJOCO_GL" in message and not Path("runs").exists()
+
+
+def test_nan_in_an_evaluation(finished, monkeypatch):
+    """A policy cannot choose by it."""
+    make = lambda *_: gym.wrappers.TransformObservation(make_env("Pendulum-v1"), lambda obs: obs * np.nan, None)  # noqa: E731
+    monkeypatch.setattr(qvpo, "make_env", make)
+    message = error_of(qvpo, evaluate=str(finished))
+    assert "an observation of Pendulum-v1 is NaN or infinite in an evaluation" in message
 
 
 @pytest.mark.parametrize("option", ["critic_lr", "actor_lr"])
@@ -405,7 +606,6 @@ def test_diverging_run_says_where(option):
 
 def test_learns_to_stand_a_pendulum():
     """A random policy scores about -1200, one that stands it at once about -150."""
-    args = Args(
-        total_timesteps=6_000, denoising_steps=5, hidden=64, num_candidates=8, eval_interval=6_000, critic_lr=1e-3
-    )
+    options = dict(total_timesteps=6_000, eval_interval=6_000, final_eval_episodes=10)
+    args = Args(denoising_steps=5, hidden=64, num_candidates=8, critic_lr=1e-3, **options)
     assert train(args)["final_return"] > -200

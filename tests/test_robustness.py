@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from helpers import checkpoint_of, command, equal, error_of, evaluations, global_step, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -402,9 +403,9 @@ def test_command_line(script, monkeypatch, capsys):
 
 
 @every_script
-def test_compiling_without_a_compiler(script, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    message = error_of(script, **SCRIPTS[script], compile=True)
+def test_compiling_without_a_compiler(script):
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        message = error_of(script, **SCRIPTS[script], compile=True)
     assert "--compile" in message and "C++ compiler" in message and not Path("runs").exists()
 
 

@@ -1,8 +1,10 @@
 """ddpl_smax_jax.py: the same maths as in PyTorch, battles, the compiled program, its run folders."""
 
 import csv
+import inspect
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import torch
 from helpers import command, error_of, evaluations, wait_for
 from jaxmarl.viz.visualizer import SMAXVisualizer
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ddpl_mamujoco
@@ -28,19 +30,40 @@ from ddpl_smax_jax import Args, make_env, train
 SMALL = dict(total_timesteps=384, num_envs=8, learning_starts=64, log_interval=32, checkpoint_interval=128)
 SMALL |= dict(eval_interval=128, eval_episodes=2, final_eval_episodes=3, critic_hidden=16, actor_hidden=8)
 SMALL |= dict(local_critic_hidden=8, batch_size=16, actor_batch_size=8, denoising_steps=3, buffer_size=200)
+ONE_STEP = SMALL | dict(log_interval=8)  # of every battle in a chunk
 N, O, S, B = 3, 5, 7, 6  # noqa: E741, agents, sizes of observation and state, batch
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_fast_and_once(tmp_path_factory):
-    """Here and in the processes that the tests start: compiled without optimisations, and by the first who needs it."""
-    options = dict(JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("xla")), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    """Compiled without optimisations, and by the first who needs it, be it here or in a process that a test starts.
+
+    Within this process runs with the same arguments share even the program, which saves tracing it again.
+    """
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    programs, compile_program = {}, smax.compiled
+
+    def compiled(function, num_seeds, device="auto", donate=False):
+        env, *others = function.args
+        others = [str(smax.run_arguments(x)) if isinstance(x, Args) else x for x in others]
+        key = function.func.__name__, type(env._env), env._env.max_steps, *others, num_seeds, device, donate
+        if key not in programs:
+            programs[key] = compile_program(function, num_seeds, device, donate)
+        return programs[key]
+
     with pytest.MonkeyPatch.context() as patch:
         for name, value in options.items():
-            patch.setenv(name, value)
-            jax.config.update(name.lower(), value if "DIR" in name else True)
+            patch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
+            jax.config.update(name, value)
+        patch.setattr(smax, "compiled", compiled)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 # ---- the same numbers as the PyTorch scripts
@@ -106,32 +129,32 @@ def test_schedule_and_denoising_step(num_steps):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_proposals(masked, monkeypatch):
-    (anchor, torch_anchor), (drift, torch_drift) = both(N, B, 4, low=-1), both(2, N, B, 4)
+    anchor, torch_anchor = both(N, B, 4, low=-1)
     mask = jnp.array([[1.0, 1, 0, 1]] * N) if masked else None
     key = jax.random.PRNGKey(3)
-    candidates, log_q = smax.propose_actions(key, anchor, drift, jnp.array([0.1, 0.9]), 5, 6, mask)
+    candidates, log_proposal = smax.propose_actions(key, anchor, jnp.array([0.1, 0.9]), 5, 6, mask)
     assert abs(candidates).max() <= 1
     uniform_key, noise_key = jax.random.split(key)
     monkeypatch.setattr(torch, "rand", drawn([jax.random.uniform(uniform_key, (N, 5, B, 4))]))
     monkeypatch.setattr(torch, "randn", drawn([jax.random.normal(noise_key, (2, N, 6, B, 4))]))
     torch_mask = torch.tensor(np.asarray(mask)) if masked else None
     sigmas = torch.tensor([0.1, 0.9])
-    theirs = ddpl_mamujoco.propose_actions(torch_anchor, torch_drift, sigmas, 5, 6, torch_mask)
+    theirs = ddpl_mamujoco.propose_actions(torch_anchor, sigmas, 5, 6, torch_mask)
     assert_same(candidates, theirs[0])
-    assert_same(log_q, theirs[1])
+    assert_same(log_proposal, theirs[1])
 
 
 def test_weights_and_target():
-    (q, torch_q), (log_q, torch_log_q) = both(N, 16, B), both(N, 16, B)
+    (energy, torch_energy), (log_proposal, torch_log_proposal) = both(N, 16, B), both(N, 16, B)
     (x, torch_x), (actions, torch_actions) = both(N, 4, B, 4), both(N, 16, B, 4, low=-1)
-    signal, torch_signal = both(N, 4, B, low=0.01)
+    alpha_bar, torch_alpha_bar = both(N, 4, B, low=0.01)
     temperature = [0.05, 0.3, 2.0]
-    ours = smax.issm_weights(q, log_q, jnp.array(temperature))
-    theirs = ddpl_mamujoco.issm_weights(torch_q, torch_log_q, torch.tensor(temperature))
-    for mine, other in zip(ours, theirs):
+    ours = smax.issm_weights(energy, log_proposal, jnp.array(temperature))
+    theirs = ddpl_mamujoco.issm_weights(torch_energy, torch_log_proposal, torch.tensor(temperature))
+    for mine, other in zip(ours, theirs, strict=True):
         assert_same(mine, other, 2e-5)
-    mine = smax.issm_target(x, 0.99 * signal, actions, ours[0])
-    assert_same(mine, ddpl_mamujoco.issm_target(torch_x, 0.99 * torch_signal, torch_actions, theirs[0]))
+    mine = smax.issm_target(x, 0.99 * alpha_bar, actions, ours[0])
+    assert_same(mine, ddpl_mamujoco.issm_target(torch_x, 0.99 * torch_alpha_bar, torch_actions, theirs[0]))
 
 
 def test_blocks_mark_random_dimensions_among_the_real_ones():
@@ -150,8 +173,7 @@ def test_networks(policy, monkeypatch):
     assert_same(ours.policy.sample(key, obs, True), theirs.policy.sample(torch_obs, deterministic=True))
     if policy == "diffusion":
         noise = jax.random.normal(key, (10, N, B, 4))
-        monkeypatch.setattr(torch, "randn", drawn(noise[:1]))
-        monkeypatch.setattr(torch, "randn_like", drawn([*noise[1:], noise[0]]))  # the last is multiplied by 0
+        monkeypatch.setattr(torch, "randn", drawn([*noise, noise[0]]))  # the last is multiplied by 0
         assert_same(ours.local_critic(obs, candidates), theirs.local_critic(torch_obs, torch_candidates))
     else:
         monkeypatch.setattr(torch, "randn_like", drawn([jax.random.normal(key, (N, B, 4))] * 2))
@@ -224,20 +246,16 @@ def test_diffusion_learns_the_same(monkeypatch):
         draws = []
         choose = jax.random.categorical
         spy = lambda *a, **k: (draws.append(choose(*a, **k)), draws[-1])[1]  # noqa: E731, B023
-        monkeypatch.setattr(jax.random, "categorical", spy)
-        alive = jnp.ones((N, B))
-        ours, metrics = smax.update_diffusion(ours, batch.state, batch.obs, actions, alive, args, key)
-        monkeypatch.setattr(jax.random, "categorical", choose)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.random, "categorical", spy)
+            ours, metrics = smax.update_diffusion(ours, batch.state, batch.obs, actions, jnp.ones((N, B)), args, key)
         chosen = draws[0].transpose(1, 2, 0).reshape(N * B, 4)
-        monkeypatch.setattr(ddpl_mamujoco, "random_blocks", drawn([block]))
-        monkeypatch.setattr(torch, "rand", drawn([uniform]))
-        monkeypatch.setattr(torch, "randn", drawn([kernel]))
-        monkeypatch.setattr(torch, "randn_like", drawn([noise]))
-        monkeypatch.setattr(torch, "randint", drawn([t.astype(jnp.int32)]))
-        monkeypatch.setattr(torch.Tensor, "multinomial", drawn([chosen.astype(jnp.int32)]))
-        with pytest.MonkeyPatch.context() as patch:  # indices are int64 in PyTorch
-            patch.setattr(torch, "randint", lambda *_, t=t, **__: torch.tensor(np.asarray(t)).long())
-            patch.setattr(torch.Tensor, "multinomial", lambda *_, c=chosen, **__: torch.tensor(np.asarray(c)).long())
+        with monkeypatch.context() as patch:
+            patch.setattr(ddpl_mamujoco, "random_blocks", drawn([block]))
+            patch.setattr(torch, "rand", drawn([uniform]))
+            patch.setattr(torch, "randn", drawn([kernel, noise]))
+            patch.setattr(torch, "randint", drawn([np.int64(t)]))  # indices are int64 in PyTorch
+            patch.setattr(torch.Tensor, "multinomial", drawn([np.int64(chosen)]))
             torch_metrics = ddpl_mamujoco.update_diffusion(theirs, torch_batch.state, torch_batch.obs, torch_actions)
         for name, value in metrics.items():
             assert_same(value, torch_metrics[name], 1e-4)
@@ -446,40 +464,50 @@ def test_train_returns_and_files(two_seeds):
 
 def test_a_step_stores_what_happened():
     """At the time limit too, where the stored next observations are the last ones of the old battles."""
-    args = Args(**SMALL)
+    args = Args(**ONE_STEP)
     env = make_env(args)
-    training = smax.begin(env, args, 1)
-    state = training.env_state.state.replace(step=jnp.array([0, 100] * 4))
-    training = training._replace(env_state=training.env_state.replace(state=state), returns=jnp.ones(8))
-    training = training._replace(lengths=jnp.full(8, 5.0))
-    new, metrics = jax.jit(partial(smax.play_and_learn, env, args, True))(training, 3)
-    _, act_key, step_key, _ = jax.random.split(training.key, 4)
-    actions = smax.act(training.learner, env, act_key, training.obs)
-    after = jax.vmap(partial(smax.step, env))(jax.random.split(step_key, 8), training.env_state, actions)[0]
+    seeds = smax.begin_seeds(env, args)
+    state = seeds.env_state.state.replace(step=jnp.array([[0, 100] * 4]))
+    seeds = seeds._replace(env_state=seeds.env_state.replace(state=state))
+    seeds = seeds._replace(returns=jnp.ones((1, 8)), lengths=jnp.full((1, 8), 5.0))
+    training = jax.tree.map(lambda leaf: leaf[0].copy(), seeds)  # the program takes the memory of the other
+    chunk = smax.compiled(partial(smax.run_chunk, env, args, True), 1, donate=True)
+    new, metrics = jax.tree.map(lambda leaf: leaf[0], chunk(seeds, 3))
+
+    @jax.jit
+    def expected(training):
+        _, act_key, step_key, _ = jax.random.split(training.key, 4)
+        actions = smax.act(training.learner, env, act_key, training.obs)
+        keys = jax.random.split(step_key, 8)
+        return actions, jax.vmap(partial(smax.step, env))(keys, training.env_state, actions)[0]
+
+    actions, after = expected(training)
     assert after.ended.tolist() == [False, True] * 4
     batch = smax.Batch(training.obs, actions, after.reward, jnp.zeros(8), after.obs, training.state, after.state)
     np.testing.assert_allclose(new.buffer[24:32], smax.flat(batch), atol=1e-5)
     assert not new.buffer[:24].any() and not new.buffer[32:].any()
     np.testing.assert_allclose(new.returns, jnp.where(after.ended, 0, 1 + after.reward), atol=1e-5)
     assert new.lengths.tolist() == [6, 0] * 4
-    assert metrics["battles"] == 4 and metrics["episode_length"] == 4 * 6
+    assert metrics["episode_length/training"] == 6  # of the four battles that ended
+    np.testing.assert_allclose(metrics["returns/training"], (1 + after.reward)[1::2].mean(), atol=1e-5)
 
 
 def test_evaluation_plays_to_the_time_limit():
-    args = Args(**SMALL)
+    args = Args(**ONE_STEP)
     env = make_env(args)
+    learner = smax.begin_seeds(env, args).learner
     env._env.max_steps = 4  # hence the fifth
-    learner = smax.begin(env, args, 1).learner
-    played = smax.evaluate(env, 2, learner, (jax.random.PRNGKey(0), jnp.array(False)))
-    assert played["episode_length"].tolist() == [5, 5]
+    assert smax.evaluator(env, args)(learner, 2, False, 0)["episode_length"].tolist() == [[5, 5]]
 
 
-def after_four_updates(*seeds):
+def after_four_updates(first_seed, num_seeds, **options):
     """The state of runs of these seeds, before rounding errors have grown."""
-    args = Args(**SMALL)
+    args = Args(**SMALL | options, seed=first_seed, num_seeds=num_seeds)
     env = make_env(args)
-    training = jax.jit(jax.vmap(partial(smax.begin, env, args)))(jnp.array(seeds))
-    training, _ = smax.compiled(partial(smax.run_chunk, env, args, True), len(seeds))(training, 0)
+    training = smax.begin_seeds(env, args)
+    chunk = smax.compiled(partial(smax.run_chunk, env, args, True), num_seeds, donate=True)
+    for number in range(32 // args.log_interval):
+        training, _ = chunk(training, number)
     return {name: np.asarray(values, np.float64) for name, values in smax.named_arrays(training).items()}
 
 
@@ -495,44 +523,67 @@ def side_by_side():
 
 
 def test_seeds_side_by_side_equal_single_runs(side_by_side):
-    assert_same_run(after_four_updates(2), {name: values[1:] for name, values in side_by_side.items()})
+    """Whose chunks may be shorter, too."""
+    single = after_four_updates(2, 1, log_interval=8)
+    assert_same_run(single, {name: values[1:] for name, values in side_by_side.items()})
     assert side_by_side[".buffer"][:, :32].any(-1).all() and not side_by_side[".buffer"][:, 32:].any()
     learned = side_by_side[".learner.policy.velocity.weight"]
     assert (learned[0] != learned[1]).any() and (learned != 0).any()
 
 
 def test_two_devices_share_the_seeds(side_by_side):
-    program = (
-        "import numpy, test_smax as t; numpy.savez('two', n=t.smax.mesh_of_seeds(2).size, **t.after_four_updates(1, 2))"
-    )
-    folders = [str(Path(__file__).parent), str(Path(smax.__file__).parent)]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(folders)}
+    program = f"""
+import jax
+import numpy as np
+from functools import partial
+import ddpl_smax_jax as smax
+from ddpl_smax_jax import Args, make_env
+SMALL = {SMALL}
+{inspect.getsource(after_four_updates)}
+np.savez("two", num_devices=smax.mesh_of_seeds(2).size, **after_four_updates(1, 2))
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(Path(smax.__file__).parent)}
     subprocess.run([sys.executable, "-c", program], env=os.environ | flags, check=True, capture_output=True)
     two = np.load("two.npz")
-    assert two["n"] == 2
+    assert two["num_devices"] == 2
     assert_same_run(side_by_side, two)
 
 
 def test_a_killed_run_resumes_bit_for_bit(two_seeds):
+    """A killed one from its last checkpoint, one that a signal stops where it stood, at the end of the next chunk."""
     process = subprocess.Popen(command(smax, **SMALL, num_seeds=2), stderr=subprocess.DEVNULL)
     wait_for(process, lambda: Path("runs").exists() and list(Path("runs").iterdir()))
     (run_dir,) = Path("runs").iterdir()
-    wait_for(process, lambda: progress(run_dir) >= 256)  # has learned
+    wait_for(process, lambda: global_step(run_dir) >= 128)  # has learned
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run_dir / "result.json").exists()
+    signals, check_finite = [], smax.check_finite
+
+    def signalled(named_values, step):
+        check_finite(named_values, step)
+        if step == 320:
+            signals.append(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smax, "check_finite", signalled)
+        with pytest.raises(smax.Stopped, match=f"stopped at step 320; go on with --resume {run_dir}"):
+            train(Args(resume=str(run_dir)), signals=signals)
+    assert global_step(run_dir) == 320 and not (run_dir / "result.json").exists()
     train(Args(resume=str(run_dir)))
     ours, theirs = (load_file(f"{folder}/checkpoint.safetensors") for folder in (run_dir, two_seeds["run_dir"]))
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
     assert evaluations(run_dir) == evaluations(two_seeds["run_dir"])
 
 
-def progress(run_dir):
-    path = run_dir / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    with safe_open(path, "numpy") as file:
-        return json.loads(file.metadata()["json"])["progress"][0]
+def contents(run_dir):
+    """All that a checkpoint holds besides its tensors."""
+    with safe_open(Path(run_dir) / "checkpoint.safetensors", "numpy") as file:
+        return json.loads(file.metadata()["json"])
+
+
+def global_step(run_dir):
+    return contents(run_dir)["progress"]["global_step"] if (run_dir / "checkpoint.safetensors").exists() else 0
 
 
 def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
@@ -571,28 +622,79 @@ def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
     assert drawn and all(0 <= action.min() and action.max() <= 1 for action in drawn)  # as the package takes them
 
 
-def test_invalid_arguments_are_named_in_one_sentence():
-    for options in (
+@pytest.mark.parametrize(
+    "options",
+    [
         dict(map_name="4m"),
         dict(steps_per_update=7),
         dict(log_interval=100),
         dict(num_seeds=0),
+        dict(num_seeds=2, seed=2**32 - 1),
         dict(tau=0.0),
         dict(gamma=1.1),
         dict(sigmas=()),
+        dict(sigmas=[0.1]),
         dict(target_entropy=0.7),
         dict(actor_lr=float("inf")),
-        dict(num_uniform=1, num_per_kernel=0),
-    ):
-        message = error_of(smax, **options)
-        name = "num-per-kernel" if "num_uniform" in options else next(iter(options)).replace("_", "-")
-        assert f"--{name}" in message and ("must be" in message or "choose from" in message)
-        assert not Path("runs").exists()
-    assert "3m, 2s3z" in error_of(smax, map_name="4m")
+        dict(init_temperature=1e-300),
+        dict(num_per_kernel=0, num_uniform=1),
+        dict(learning_starts=400_000),
+        dict(actor_batch_size=300),
+        dict(batch_size=200, buffer_size=100),
+        dict(total_timesteps=2**31 - 1),
+        dict(block_size=2**31),
+        dict(corpses_are_targets=1),
+        dict(policy="beta"),
+        dict(device="tpu"),
+    ],
+    ids=str,
+)
+def test_invalid_arguments_are_named_in_one_sentence(options):
+    message = error_of(smax, **options)
+    assert f"--{next(iter(options)).replace('_', '-')}" in message and ("must be" in message or "3m, 2s3z" in message)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_gpu():
+    assert "--device: 'cuda' is not valid; it must be auto or cpu on this machine" in error_of(smax, device="cuda")
+    args = Args(device="cpu")
+    assert smax.sharding_of_seeds(args) == smax.sharding_of_seeds(Args())
+
+
+def test_every_seed_has_its_own_start():
+    """Also those beyond the whole numbers of 32 bits that have a sign."""
+    args = Args(**SMALL, seed=2**32 - 2, num_seeds=2)
+    keys = smax.begin_seeds(make_env(args), args).key
+    for key, seed in zip(keys, (2**32 - 2, 2**32 - 1), strict=True):
+        assert (key == jax.random.split(jnp.array([0, seed], jnp.uint32), 3)[0]).all()
+
+
+def test_importing_leaves_no_trace():
+    """JAX and JaxMARL move the global random numbers, print, and take sys.stdout away."""
+    program = """
+import random, sys
+import numpy as np, numpy.random
+before = random.getstate(), np.random.get_state()[1].tolist(), sys.stdout, sys.stderr, sys.__stdout__
+sys.stdout = stream = open("printed", "w")
+import ddpl_smax_jax
+assert sys.stdout is stream
+after = random.getstate(), np.random.get_state()[1].tolist(), before[2], sys.stderr, sys.__stdout__
+assert before == after
+"""
+    root = str(Path(smax.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and Path("printed").read_text() == ""
+
+
+# ---- run folders
 
 
 def test_unfit_run_folders_are_named(two_seeds, tmp_path):
     assert "no checkpoint.safetensors" in error_of(smax, resume="runs/none")
+    assert "no checkpoint.safetensors" in error_of(smax, resume="")
     assert "drop --seed" in error_of(smax, resume=two_seeds["run_dir"], seed=2)
     damaged = tmp_path / "runs" / "ddpl_smax_jax__3m"
     damaged.mkdir(parents=True)
@@ -602,12 +704,156 @@ def test_unfit_run_folders_are_named(two_seeds, tmp_path):
     assert damaged.name in error_of(smax, resume="runs/none")
 
 
-def test_nan_stops_the_run(monkeypatch):
-    """Instead of the compiled program: one whose critics diverge."""
-    diverged = {"losses/critic": np.array([np.nan])}
-    monkeypatch.setattr(smax, "compiled", lambda *_, **__: lambda training, _: (training, diverged))
-    assert "losses/critic is NaN or infinite at step 32" in error_of(smax, **SMALL)
-    assert not list(Path("runs").glob("*/checkpoint.safetensors"))
+def rewritten(run_dir, change):
+    """A copy of a run's checkpoint in this folder, changed, with the checksum that belongs to it."""
+    tensors, others = load_file(Path(run_dir) / "checkpoint.safetensors"), contents(run_dir)
+    metadata = change(tensors, others) or {}
+    text = json.dumps(others)
+    metadata = {"json": text, "crc32": smax.checksum(tensors, text)} | metadata
+    save_file(tensors, "checkpoint.safetensors", {name: value for name, value in metadata.items() if value})
+
+
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+@pytest.mark.parametrize("where", ["tensor", "json"])
+def test_a_flipped_byte_is_refused(two_seeds, flag, where):
+    path = Path(two_seeds["run_dir"]) / "checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    place = len(content) - 100 if where == "tensor" else content.index(b"seconds") + len("seconds") + 6
+    content[place] ^= 1
+    Path("checkpoint.safetensors").write_bytes(content)
+    assert "is damaged (ValueError)" in error_of(smax, **{flag: "."})
+
+
+def nan_weight(tensors, _):
+    tensors[".learner.policy.velocity.weight"][0, 0, 0, 0] = np.nan
+
+
+def nan_position(tensors, _):
+    tensors[".env_state.state.unit_positions"][0, 0, 0] = np.nan
+
+
+def fewer_rows(tensors, _):
+    tensors[".buffer"] = tensors[".buffer"][:, :-8]
+
+
+def more_rows(tensors, _):
+    tensors[".buffer"] = np.concatenate([tensors[".buffer"]] * 2, axis=1)
+
+
+DAMAGES = {
+    "no arguments": lambda tensors, others: others.pop("args") and None,
+    "arguments of a wrong type": lambda tensors, others: others["args"].update(gamma="high"),
+    "no progress": lambda tensors, others: others.pop("progress") and None,
+    "progress that is a list": lambda tensors, others: others.update(progress=[128, 1.0, []]),
+    "step of a wrong type": lambda tensors, others: others["progress"].update(global_step="128"),
+    "step below 0": lambda tensors, others: others["progress"].update(global_step=-8),
+    "another column": lambda tensors, others: others["progress"]["rows"][0].update(more=1),
+    "no key": lambda tensors, others: tensors.pop(".key") is None or None,
+    "key of a wrong type": lambda tensors, others: tensors.update({".key": tensors[".key"].astype(np.int32)}),
+    "key of a wrong size": lambda tensors, others: tensors.update({".key": tensors[".key"][:1]}),
+    "fewer rows": fewer_rows,
+    "more rows": more_rows,
+    "a NaN weight": nan_weight,
+    "a NaN position": nan_position,
+}
+
+
+@pytest.fixture(scope="module")
+def traced_once():
+    """The shapes of a run, which restore asks for: the same for all checkpoints of the same arguments."""
+    shapes, eval_shape = {}, jax.eval_shape
+
+    def once(function, *inputs):
+        if not isinstance(inputs[0], np.ndarray):
+            return eval_shape(function, *inputs)
+        if "known" not in shapes:
+            shapes["known"] = eval_shape(function, *inputs)
+        return shapes["known"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "eval_shape", once)
+        yield
+
+
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_parts_of_a_checkpoint(two_seeds, traced_once, damage, flag):
+    rewritten(two_seeds["run_dir"], DAMAGES[damage])
+    before = Path("checkpoint.safetensors").read_bytes()
+    assert "checkpoint.safetensors is damaged" in error_of(smax, **{flag: "."})
+    assert Path("checkpoint.safetensors").read_bytes() == before
+
+
+def test_checkpoints_of_another_script_or_version(two_seeds):
+    rewritten(two_seeds["run_dir"], lambda tensors, others: others.update(script="ddpl_mpe"))
+    assert "belongs to ddpl_mpe.py, not to ddpl_smax_jax.py" in error_of(smax, resume=".")
+    rewritten(two_seeds["run_dir"], lambda tensors, others: others["args"].pop("device") and None)
+    assert "is from another version of ddpl_smax_jax.py" in error_of(smax, resume=".")
+    rewritten(two_seeds["run_dir"], lambda tensors, others: {"crc32": ""})
+    assert "is from another version of ddpl_smax_jax.py" in error_of(smax, resume=".")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before():
+    """Here a limit on the size of files, which the same system call reports."""
+    args, run_dir = Args(), Path(".")
+    smax.save_checkpoint(run_dir, args, smax.Progress(), {"small": np.zeros(3)})
+    before = Path("checkpoint.safetensors").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(smax.RunError, match="cannot write checkpoint.safetensors.tmp .*; the checkpoint before"):
+            smax.save_checkpoint(run_dir, args, smax.Progress(), {"large": np.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert Path("checkpoint.safetensors").read_bytes() == before and not Path("checkpoint.safetensors.tmp").exists()
+
+
+def test_without_memory(monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 4800000000000 bytes.")
+
+    monkeypatch.setattr(smax, "begin_seeds", exhausted)
+    assert "choose a smaller --buffer-size" in error_of(smax)
+
+
+# ---- NaN
+
+
+@pytest.mark.parametrize("what", ["losses/critic", "an observation", "a state", "a transition"])
+def test_nan_stops_the_run_and_enters_no_checkpoint(what, monkeypatch):
+    """Instead of the compiled program: one that brings a NaN in the third chunk."""
+    args = Args(**ONE_STEP | dict(log_interval=32))
+    poisons = {"an observation": "obs", "a state": "state", "a transition": "buffer"}
+
+    def chunk(training, start):
+        metrics = {name: np.ones(1) for name in ("losses/critic", "returns/training", "win_rate/training")}
+        if start == 8:
+            if what in metrics:
+                metrics[what][:] = np.nan
+            else:
+                values = getattr(training, poisons[what])
+                place = (0, 72) if what == "a transition" else 0
+                training = training._replace(**{poisons[what]: values.at[place].set(np.nan)})
+        return training, metrics
+
+    monkeypatch.setattr(smax, "compiled", lambda *_, **__: chunk)
+    step = 80 if what == "a transition" else 96
+    with pytest.raises(smax.RunError, match=f"{what} is NaN or infinite at step {step}; the last checkpoint is from"):
+        train(args)
+    (run_dir,) = Path("runs").iterdir()
+    assert global_step(run_dir) == 0 and "progress" in contents(run_dir)
+
+
+def test_the_step_of_the_oldest_nan():
+    """In a buffer of 16 rows that has been overwritten: steps 24 to 40 of 8 battles, of which row 4 came at step 40."""
+    rows = np.zeros((2, 16, 3))
+    smax.check_transitions(rows, 40, 8)
+    rows[1, 4, 2] = np.inf
+    with pytest.raises(smax.RunError, match="a transition is NaN or infinite at step 40;"):
+        smax.check_transitions(rows, 40, 8)
+    rows[0, 15, 0] = np.nan
+    with pytest.raises(smax.RunError, match="a transition is NaN or infinite at step 32;"):
+        smax.check_transitions(rows, 40, 8)
 
 
 def test_learning_beats_the_random_team():
