@@ -998,7 +998,7 @@ def training_loop(
         return progress.seconds + time.monotonic() - started
 
     def save() -> None:
-        check_finite(learner.named_parameters(), progress.global_step)
+        check_learner(learner, progress.global_step)
         save_checkpoint(run_dir, args, replace(progress, seconds=seconds()), learner, buffer)
 
     def log_evaluation(episodes: int, video: Path | None = None) -> np.ndarray:
@@ -1199,6 +1199,14 @@ def check_finite(named_values: Iterable[tuple[str, Any]], global_step: int) -> N
     for name, value in named_values:
         if not torch.as_tensor(value).isfinite().all():
             raise RunError(f"{name} is NaN or infinite at step {global_step}; the last checkpoint is from before")
+
+
+def check_learner(learner: Learner, global_step: int) -> None:
+    """check_finite for the networks and for what Adam keeps of their gradients."""
+    check_finite(learner.named_parameters(), global_step)
+    for optimizer in learner.optimizers():
+        for state in optimizer.state.values():
+            check_finite(((f"Adam's {name}", value) for name, value in state.items()), global_step)
 
 
 def run_arguments(args: Args) -> dict:
@@ -1452,6 +1460,10 @@ def main(args: Args, given: Collection[str] = ()) -> None:
         raise SystemExit(130) from None
     except (RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what PyTorch says where the CPU has no memory left
+            raise
+        raise SystemExit(f"{SCRIPT}.py: error: out of memory; choose smaller numbers ({error})") from None
 
 
 if __name__ == "__main__":

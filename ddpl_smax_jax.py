@@ -995,12 +995,13 @@ def write_video(env: HeuristicEnemySMAX, learner: Learner, deterministic: bool, 
 
     reset_key, key = jax.random.split(key)
     env_state, obs, _ = reset(env, reset_key)
+    choose = jax.jit(lambda key, obs: act(learner, env, key, obs[None], deterministic)[0])
     play_step = jax.jit(partial(step, env))
     moves = []
     ended = False
     while not ended:
         key, act_key, step_key = jax.random.split(key, 3)
-        actions = act(learner, env, act_key, obs[None], deterministic)[0]
+        actions = choose(act_key, obs)
         moves.append((step_key, env_state, dict(zip(env.agents, actions.clip(-1, 1) / 2 + 0.5))))
         after, env_state, obs, _ = play_step(step_key, env_state, actions)
         ended = bool(after.ended)
@@ -1340,6 +1341,9 @@ def load_checkpoint(
         raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another run folder")
     if stored.keys() != run_arguments(args).keys() or "crc32" not in metadata:
         raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another run folder")
+    with damage_reported(flag, run_dir):
+        if not all(fits(stored[item.name], item.type) for item in fields(args) if item.name in stored):
+            raise TypeError("arguments")
     asked = {item.name for item in fields(args) if getattr(args, item.name) != item.default} | set(given)
     for name in (asked & stored.keys()) - set(free):
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"

@@ -271,7 +271,7 @@ def measure_smax() -> None:
 def measure_isaaclab() -> None:
     """ddpl_isaaclab.py: what acting and learning take of a step of all environments, next to its simulation."""
     os.environ.setdefault("ISAACSIM_ASSET_ROOT", str(ROOT / "tests/assets"))
-    args = ddpl_isaaclab.Args()
+    args = ddpl_isaaclab.Args(device="cpu")
     try:
         with ddpl_isaaclab.make_env(args) as env:
             obs, _ = env.reset(0)
@@ -279,7 +279,7 @@ def measure_isaaclab() -> None:
             functions = {"simulation": lambda: env.step(actions)}
             for policy in ("diffusion", "gaussian"):
                 own = replace(args, policy=policy)
-                learner = ddpl_isaaclab.Learner(own, *env.obs_shape, mask.shape[1], env.state_size, mask)
+                learner = ddpl_isaaclab.Learner(own, env.num_agents, env.obs_size, mask.shape[1], env.state_size, mask)
                 after, rows = env.step(actions), slice(args.batch_size)
                 state = after.state
                 columns = obs, actions, after.reward, after.terminated.float(), after.obs, state, state

@@ -29,7 +29,10 @@ def equal(a, b):
 
 def command(script, **options):
     """The command line that runs a script with these flags."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    flags = []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        flags.append((f"--{name}" if value else f"--no-{name}") if isinstance(value, bool) else f"--{name}={value}")
     return [sys.executable, script.__file__, *flags]
 
 
@@ -73,7 +76,7 @@ def wait_for(process, condition):
 
 
 def error_of(script, given=(), **options):
-    """The one line that ends a script with this input; `given` names options passed though they equal their defaults."""
+    """The one line that ends a script with this input; `given` names options that were given as flags."""
     with pytest.raises(SystemExit) as stopped:
         script.main(script.Args(**options), given)
     message, name = str(stopped.value.code), Path(script.__file__).name

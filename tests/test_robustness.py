@@ -77,7 +77,7 @@ class AfterChecks(list):
 @every_script
 def test_stopped_and_resumed_equals_never_stopped(script, finished):
     with pytest.raises(script.Stopped, match=r"stopped at step \d+.*; go on with --resume runs/") as stopped:
-        script.train(script.Args(**SCRIPTS[script]), signals=AfterChecks(2 if script in (ddpl_mpe, bang_bang) else 150))
+        script.train(script.Args(**SCRIPTS[script]), signals=AfterChecks(2 if script is ddpl_mpe else 150))
     (run_dir,) = Path("runs").iterdir()
     step = int(str(stopped.value).split("step ")[1].split(";")[0].split(" ")[0].strip(","))
     assert 0 < step < 1_200
@@ -165,6 +165,25 @@ def test_memory_that_cannot_be_had(script, monkeypatch):
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(script.RunError, match="--buffer-size: no memory for 1000 transitions"):
         script.ReplayBuffer(1000, [(3,)])
+
+
+@every_script
+def test_networks_too_large_for_the_memory(script):
+    (width,) = [name for name in ("hidden", "critic_hidden") if hasattr(script.Args(), name)]
+    assert "memory" in error_of(script, **SCRIPTS[script] | {width: 4_000_000_000})
+
+
+@every_script
+def test_what_adam_keeps_is_finite_in_a_checkpoint(script, monkeypatch):
+    """A gradient of 1e20 leaves the weights finite, but not its square."""
+
+    def overflow(self, gradients):
+        next(iter(self.state.values()))["exp_avg_sq"].fill_(math.inf)
+
+    monkeypatch.setattr(script.Adam, "descend", overflow)
+    assert "Adam's exp_avg_sq is NaN or infinite at step" in error_of(script, **SCRIPTS[script])
+    (run_dir,) = Path("runs").iterdir()
+    assert global_step(run_dir / "checkpoint.pt") == 0
 
 
 def test_experiment_name_and_tables(monkeypatch):
