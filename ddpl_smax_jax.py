@@ -1425,7 +1425,7 @@ def play(args: Args, given: Collection[str] = ()) -> None:
     env = make_env(args)
     with jax.default_device(choose_devices(args.device)[0]):
         training, _ = restore("--evaluate", run_dir, checkpoint, env, args)
-        learner = jax.tree.map(jnp.asarray, training.learner)
+        learner = jax.device_put(training.learner, sharding_of_seeds(args))
         evaluate_seeds = evaluator(env, args)
         for mode in ("stochastic", "deterministic"):
             deterministic = mode == "deterministic"

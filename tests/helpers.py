@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def checkpoint_of(result):
@@ -98,3 +100,16 @@ def recorded(script, monkeypatch, **options):
     monkeypatch.setattr(script.ReplayBuffer, "add", spy)
     script.train(script.Args(**options))
     return script.Batch(*map(torch.stack, zip(*added)))
+
+
+class OnMeta(TorchDispatchMode):
+    """Inside, whatever gives a tensor that is not on PyTorch's meta device fails: a tensor left behind on the CPU.
+
+    The device alone lets some pass, such as an index from the CPU. Those without dimensions may: Adam counts its steps.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.is_meta or not tensor.ndim for tensor in tensors), function
+        return result

@@ -15,12 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import command, equal, error_of, wait_for
+from helpers import OnMeta, command, equal, error_of, wait_for
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import ddpl_coordination
 from benchmark import coordination_figures
@@ -132,17 +130,6 @@ def test_an_update_changes_the_networks_of_its_policy_and_no_others(policy):
     parts = {"critic", "local_critic", "policy", "log_temperature"}
     changed = {name.split(".")[0] for name, value in learner.state_dict().items() if not equal(value, before[name])}
     assert changed == parts - ({"local_critic"} if policy == "gaussian" else set())
-
-
-class OnMeta(TorchDispatchMode):
-    """Inside, whatever gives a tensor that is not on PyTorch's meta device fails."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        # Without dimensions: the steps that Adam counts on the CPU.
-        assert all(tensor.is_meta or not tensor.ndim for tensor in tensors), function
-        return result
 
 
 @pytest.mark.parametrize("policy", LEARNED)
@@ -284,7 +271,7 @@ def test_a_full_disk_leaves_no_half_written_table(monkeypatch):
 
 
 def children(process):
-    """The ids of a process's running children."""
+    """The ids of the processes that a process's first thread has started, or that an ended thread has left to it."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 

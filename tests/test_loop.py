@@ -143,6 +143,8 @@ def test_evaluation_does_not_disturb_training():
 @pytest.fixture(scope="module")
 def random_return():
     class Uniform:
+        mask = torch.zeros(1)  # on the CPU
+
         def sample(self, obs, deterministic):
             return 2 * torch.rand(*obs.shape[:2], 2) - 1
 
@@ -151,6 +153,7 @@ def random_return():
 
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 def test_learning_beats_a_random_policy(policy, random_return):
-    """By 4 within a minute: a random team of three scores about -26, one after the default run -12."""
-    args = Args(policy=policy, total_timesteps=12_000, learning_starts=1_000, steps_per_update=6, eval_interval=12_000)
-    assert train(args)["final_return"] > random_return + 4
+    """By 4 within seconds: a random team of three scores about -25.4, one after the default run -12."""
+    args = dict(policy=policy, total_timesteps=8_000, learning_starts=500, steps_per_update=5, eval_interval=8_000)
+    args |= dict(critic_hidden=64, actor_hidden=64, local_critic_hidden=32, batch_size=128, actor_batch_size=32)
+    assert train(Args(**args, final_eval_episodes=100))["final_return"] > random_return + 4

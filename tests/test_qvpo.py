@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import checkpoint_of, equal, error_about, error_of, kill_and_resume, recorded
+from helpers import OnMeta, checkpoint_of, equal, error_about, error_of, kill_and_resume, recorded
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import qvpo
 from benchmark.qvpo_published import PublishedLearner
@@ -242,15 +240,6 @@ def tensors_of(model):
     return [*model.parameters(), *model.buffers(), *(tensor for state in states for tensor in state.values())]
 
 
-class OnTheMetaDevice(TorchDispatchMode):
-    """Whatever any operation returns lies there: an index from the CPU, for one, would be accepted silently."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        assert all(leaf.is_meta for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)), function
-        return result
-
-
 @pytest.mark.parametrize("options", [dict(), dict(q_transform="qcut", bfloat16=True)], ids=str)
 def test_an_update_leaves_no_tensor_behind(options, monkeypatch):
     """On PyTorch's meta device most operations with a tensor from elsewhere raise."""
@@ -263,7 +252,7 @@ def test_an_update_leaves_no_tensor_behind(options, monkeypatch):
     monkeypatch.setattr(qvpo, "adam", check_adam)
     model = learner(device="meta", **options)
     batch = Batch(*(column.to("meta") for column in random_batch()))
-    with OnTheMetaDevice():
+    with OnMeta():
         metrics = qvpo.update(model, batch, batch.next_obs, torch.full((), 0.02, device="meta"))
         model.act(batch.obs, 4)
     assert stepped == [True, True] and all(tensor.is_meta for tensor in (*metrics.values(), *tensors_of(model)))

@@ -475,7 +475,8 @@ def test_a_step_stores_what_happened(step_of_3m):
     seeds = smax.begin_seeds(env, args)
     state = seeds.env_state.state.replace(step=jnp.array([[0, 100] * 4]))
     seeds = seeds._replace(env_state=seeds.env_state.replace(state=state))
-    seeds = seeds._replace(returns=jnp.ones((1, 8)), lengths=jnp.full((1, 8), 5.0))
+    seeds = seeds._replace(returns=jnp.ones((1, 8)), lengths=5 * jnp.ones((1, 8)))
+    seeds = jax.device_put(seeds, smax.sharding_of_seeds(args))
     training = jax.tree.map(lambda leaf: leaf[0].copy(), seeds)  # the program takes the memory of the other
     chunk = smax.compiled(partial(smax.run_chunk, env, args, True), 1, donate=True)
     new, metrics = jax.tree.map(lambda leaf: leaf[0], chunk(seeds, 3))
