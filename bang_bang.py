@@ -917,7 +917,9 @@ def check_run_args(args: Args) -> None:
         try:
             cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler:
-            raise RunError("--compile: there is no C++ compiler; install one, such as g++, or drop the flag") from None
+            raise RunError(
+                "--compile: there is no C++ compiler; install one, such as g++, or add --no-compile"
+            ) from None
 
 
 def choose_device(args: Args) -> torch.device:

@@ -162,8 +162,8 @@ class Run:
     """Environment steps between checkpoints. Each also ends the copies' episodes early, as a time limit does."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where learner and replay buffer live; auto is CUDA if there is one."""
-    compile: bool = False
-    """Run the update through torch.compile (needs a C++ compiler)."""
+    compile: bool = True
+    """Run the update through torch.compile: half a minute at first, then twice as fast (needs a C++ compiler)."""
     num_threads: int = 1
     """Threads of PyTorch; networks this small gain little from more."""
     capture_video: bool = False
@@ -1067,6 +1067,8 @@ def training_loop(
 
         # Learn.
         while args.learning_starts + progress.updates * args.steps_per_update < progress.global_step:
+            if args.compile and not metrics:
+                bar.set_postfix_str("compiling the update")
             metrics = update_step(learner, buffer.sample(args.batch_size))
             progress.updates += 1
 
@@ -1185,7 +1187,9 @@ def check_run_args(args: Args) -> None:
         try:
             cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler:
-            raise RunError("--compile: there is no C++ compiler; install one, such as g++, or drop the flag") from None
+            raise RunError(
+                "--compile: there is no C++ compiler; install one, such as g++, or add --no-compile"
+            ) from None
 
 
 def choose_device(args: Args) -> torch.device:

@@ -15,7 +15,13 @@ from ddpl_mpe import Args, Batch, ReplayBuffer, VectorMPE, episode_seeds, evalua
 
 SMALL = dict(total_timesteps=700, learning_starts=200, eval_interval=300, eval_episodes=2, final_eval_episodes=3)
 SMALL |= dict(
-    log_interval=100, checkpoint_interval=200, critic_hidden=32, actor_hidden=16, batch_size=32, actor_batch_size=32
+    compile=False,
+    log_interval=100,
+    checkpoint_interval=200,
+    critic_hidden=32,
+    actor_hidden=16,
+    batch_size=32,
+    actor_batch_size=32,
 )
 TASKS = {  # task: observation sizes, action sizes
     "simple_spread_v3": ([18, 18, 18], [2, 2, 2]),
@@ -156,4 +162,5 @@ def test_learning_beats_a_random_policy(policy, random_return):
     """By 4 within seconds: a random team of three scores about -25.4, one after the default run -12."""
     args = dict(policy=policy, total_timesteps=8_000, learning_starts=500, steps_per_update=5, eval_interval=8_000)
     args |= dict(critic_hidden=64, actor_hidden=64, local_critic_hidden=32, batch_size=128, actor_batch_size=32)
+    args |= dict(compile=False)
     assert train(Args(**args, final_eval_episodes=100))["final_return"] > random_return + 4

@@ -24,7 +24,7 @@ from ddpl_mamujoco import CONFIGURATIONS, Args, RunError, StackedAgents, evaluat
 
 SMALL = dict(total_timesteps=1_200, learning_starts=200, eval_interval=400, eval_episodes=1, final_eval_episodes=3)
 SMALL |= dict(log_interval=100, checkpoint_interval=400, num_envs=4, batch_size=32, actor_batch_size=32)
-SMALL |= dict(critic_hidden=32, actor_hidden=16, denoising_steps=4)
+SMALL |= dict(critic_hidden=32, actor_hidden=16, denoising_steps=4, compile=False)
 HOPPER, HALF_CHEETAH = dict(scenario="Hopper", agent_conf="3x1"), dict(scenario="HalfCheetah", agent_conf="6x1")
 
 
@@ -382,7 +382,7 @@ def test_diverging_run_says_where():
 def test_learning_beats_a_random_policy(policy):
     """Swimmer, whose reward is its speed: a random team drifts, one that has learned a little swims."""
     options = dict(total_timesteps=5_000, learning_starts=1_000, final_eval_episodes=5)
-    options |= dict(critic_hidden=64, actor_hidden=64, denoising_steps=5)
+    options |= dict(critic_hidden=64, actor_hidden=64, denoising_steps=5, compile=False)
     args = Args(scenario="Swimmer", agent_conf="2x1", policy=policy, **options)
 
     class Uniform:

@@ -26,7 +26,7 @@ import ddpl_mamujoco
 import ddpl_mpe
 import qvpo
 
-DDPL = dict(critic_hidden=16, actor_hidden=16, batch_size=32, actor_batch_size=16)
+DDPL = dict(critic_hidden=16, actor_hidden=16, batch_size=32, actor_batch_size=16, compile=False)
 RUN = dict(total_timesteps=1_200, eval_interval=600, eval_episodes=1, final_eval_episodes=1, checkpoint_interval=400)
 SCRIPTS = {
     ddpl_mpe: RUN | DDPL | dict(learning_starts=200),
@@ -412,7 +412,7 @@ def test_command_line(script, monkeypatch, capsys):
     args, given = script.read_command_line()
     assert (args.num_envs, args.seed, args.exp_name) == (3, 1, "trial")
     assert given == {"num_envs", "seed", "compile", "exp_name"}
-    assert args == script.Args(num_envs=3, exp_name="trial")
+    assert args == script.Args(num_envs=3, exp_name="trial", compile=False)
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
     with pytest.raises(SystemExit):
         script.read_command_line()
@@ -424,7 +424,7 @@ def test_command_line(script, monkeypatch, capsys):
 @every_script
 def test_compiling_without_a_compiler(script):
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        message = error_of(script, **SCRIPTS[script], compile=True)
+        message = error_of(script, **SCRIPTS[script] | dict(compile=True))
     assert "--compile" in message and "C++ compiler" in message and not Path("runs").exists()
 
 

@@ -15,7 +15,13 @@ from ddpl_mpe import Args, VectorMPE, train
 
 SMALL = dict(total_timesteps=2_000, learning_starts=200, eval_interval=500, eval_episodes=2, final_eval_episodes=3)
 SMALL |= dict(
-    log_interval=100, checkpoint_interval=400, critic_hidden=32, actor_hidden=16, batch_size=32, actor_batch_size=32
+    compile=False,
+    log_interval=100,
+    checkpoint_interval=400,
+    critic_hidden=32,
+    actor_hidden=16,
+    batch_size=32,
+    actor_batch_size=32,
 )
 
 
