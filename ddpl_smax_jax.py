@@ -837,8 +837,12 @@ def begin(env: HeuristicEnemySMAX, args: Args, seed: Array) -> Training:
     capacity = min(args.buffer_size, args.total_timesteps + args.log_interval) // args.num_envs * args.num_envs
     buffer = jnp.zeros((capacity, sum(math.prod(shape) for shape in shapes)))
     returns = lengths = jnp.zeros(args.num_envs)
-    training = Training(learner, env_state, obs, state, returns, lengths, buffer, key)
-    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), training)  # not weakly typed, else all compiles twice
+    return strongly_typed(Training(learner, env_state, obs, state, returns, lengths, buffer, key))
+
+
+def strongly_typed(tree: Any) -> Any:
+    """The pytree as a compiled program returns it. A program that goes on from weak types is compiled twice."""
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), tree)
 
 
 def act(
@@ -994,7 +998,7 @@ def write_video(env: HeuristicEnemySMAX, learner: Learner, deterministic: bool, 
     from jaxmarl.viz.visualizer import SMAXVisualizer
 
     reset_key, key = jax.random.split(key)
-    env_state, obs, _ = reset(env, reset_key)
+    env_state, obs, _ = strongly_typed(reset(env, reset_key))
     choose = jax.jit(lambda key, obs: act(learner, env, key, obs[None], deterministic)[0])
     play_step = jax.jit(partial(step, env))
     moves = []
@@ -1352,6 +1356,19 @@ def load_checkpoint(
     return replace(args, **{name: value for name, value in stored.items() if name not in asked}), checkpoint
 
 
+def read_progress(stored: dict) -> Progress:
+    """Where a checkpoint stands. Raises KeyError, TypeError or ValueError unless all is there, and possible."""
+    progress = Progress(**stored)
+    types = all(fits(stored[item.name], item.type) for item in fields(Progress))
+    counts = [value for value in stored.values() if fits(value, int)]
+    positive = math.isfinite(progress.seconds) and min(*counts, progress.seconds) >= 0
+    columns = all(tuple(row) == EVALUATION_COLUMNS for row in progress.rows)
+    values = all(isinstance(value, str) == (name == "mode") for row in progress.rows for name, value in row.items())
+    if not (types and positive and columns and values):
+        raise ValueError("progress")
+    return progress
+
+
 def restore(
     flag: str, run_dir: Path, checkpoint: dict, env: HeuristicEnemySMAX, args: Args
 ) -> tuple[Training, Progress]:
@@ -1362,14 +1379,7 @@ def restore(
     """
     shapes = jax.eval_shape(jax.vmap(partial(begin, env, args)), np.zeros(args.num_seeds, np.uint32))
     with damage_reported(flag, run_dir):
-        progress = Progress(**checkpoint["progress"])
-        if not all(fits(getattr(progress, item.name), item.type) for item in fields(progress)):
-            raise TypeError("progress")
-        if progress.global_step < 0 or not math.isfinite(progress.seconds):
-            raise ValueError("progress")
-        if any(tuple(row) != EVALUATION_COLUMNS for row in progress.rows):
-            raise ValueError("rows of evaluations.csv")
-
+        progress = read_progress(checkpoint["progress"])
         tensors = checkpoint["tensors"]
         filled = tensors[".buffer"]
         tensors[".buffer"] = np.zeros(shapes.buffer.shape, filled.dtype)
@@ -1489,7 +1499,8 @@ def main(args: Args, given: Collection[str] = ()) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise SystemExit(f"{SCRIPT}.py: error: out of memory; choose a smaller --buffer-size or --batch-size") from None
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"{SCRIPT}.py: error: out of memory; choose smaller numbers ({reason})") from None
 
 
 if __name__ == "__main__":

@@ -129,10 +129,11 @@ def scripted_teams() -> None:
 
 def critics(run_dir: Path) -> None:
     """Plot and print what the central and local critics of a run's first seed say along battles of its own policies."""
-    args, tensors, _ = smax.load_checkpoint("RUN_DIR", run_dir, smax.Args())
+    run_dir = smax.existing_run("RUN_DIR", str(run_dir))
+    args, checkpoint = smax.load_checkpoint("RUN_DIR", run_dir, smax.Args(), given=(), free=())
     env = smax.make_env(args)
-    training = jax.jit(jax.vmap(partial(smax.begin, env, args)))(jnp.arange(args.num_seeds))
-    learner = jax.tree.map(lambda leaf: leaf[0], smax.restore(training, tensors).learner)
+    training, _ = smax.restore("RUN_DIR", run_dir, checkpoint, env, args)
+    learner = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), training.learner)
     (obs, state), actions, after, playing = play_all(env, lambda key, obs: smax.act(learner, env, key, obs[None])[0])
 
     # The returns that came of it, bootstrapped with 0 at the time limit, whose battles are left out.

@@ -12,6 +12,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+# Compiling takes a third of the time so. XLA reads its flags once, so this is for the one that imports JAX first.
+if "jax" not in sys.modules:
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,16 +205,20 @@ def test_critics_and_temperature_learn_the_same():
     batch, torch_batch = batches()
     (actions, torch_actions), (candidates, torch_candidates) = both(N, B, 4, low=-1), both(N, 16, B, 4, low=-1)
     alive = jnp.ones((N, B))
+    update_critic, update_local_critic, update_temperature = (
+        jax.jit(function, static_argnames="args")
+        for function in (smax.update_critic, smax.update_local_critic, smax.update_temperature)
+    )
     for _ in range(3):
-        ours, metrics = smax.update_critic(ours, batch, actions, args)
+        ours, metrics = update_critic(ours, batch, actions, args)
         torch_metrics = ddpl_mamujoco.update_critic(theirs, torch_batch, torch_actions)
         at = batch.state, batch.obs, actions
-        ours, q, more = smax.update_local_critic(ours, *at, alive, candidates, args)
+        ours, q, more = update_local_critic(ours, *at, alive, candidates, args)
         at = torch_batch.state, torch_batch.obs, torch_actions
         torch_q, torch_more = ddpl_mamujoco.update_local_critic(theirs, *at, torch_candidates)
         assert_same(q - q.mean(1, keepdims=True), torch_q - torch_q.mean(1, keepdim=True))
         excess = [0.3, -0.2, 1.0]
-        ours, temperature = smax.update_temperature(ours, jnp.array(excess), args)
+        ours, temperature = update_temperature(ours, jnp.array(excess), args)
         torch_temperature = ddpl_mamujoco.update_temperature(theirs, torch.tensor(excess))
         metrics, torch_metrics = metrics | more | temperature, torch_metrics | torch_more | torch_temperature
         for name, value in metrics.items():
@@ -289,12 +297,16 @@ def test_the_dead_learn_nothing():
 
 def test_the_living_are_those_with_health():
     env = make_env(Args())
-    env_state, obs, _ = smax.reset(env, jax.random.PRNGKey(0))
+    env_state, obs, _ = jax.jit(partial(smax.reset, env))(jax.random.PRNGKey(0))
     assert (smax.living(env, obs) == 1).all()
     state = env_state.state.replace(unit_alive=env_state.state.unit_alive.at[1].set(False))
-    observations = env.get_obs(env_state.replace(state=state))
-    observations["world_state"] = env.get_world_state(env_state.replace(state=state))
-    obs, _ = smax.arrays(env, observations)
+
+    @jax.jit
+    def look(env_state):
+        observations = env.get_obs(env_state) | {"world_state": env.get_world_state(env_state)}
+        return smax.arrays(env, observations)[0]
+
+    obs = look(env_state.replace(state=state))
     assert smax.living(env, obs).tolist() == [1, 0, 1] and (obs[1] == 0).all()
     learner = learners()[1]._replace(policy=smax.DiffusionPolicy.create(jax.random.PRNGKey(0), Args(), N, obs.shape[1]))
     actions = smax.act(learner, env, jax.random.PRNGKey(0), obs[None])
@@ -374,48 +386,65 @@ def targets_of_all_aims(env, env_state):
     return (shots[..., None] == jnp.arange(env.num_enemies)).any(0)
 
 
-def test_targets_beyond_aim_are_those_that_no_action_hits():
-    env, found, expected = make_env(Args(map_name="2s3z")), [], []
-    for seed in range(10):
+@pytest.fixture(scope="module")
+def battles_of_2s3z():
+    """The environment, and ten of its random battles: states, observations, whom an aim can hit."""
+    env = make_env(Args(map_name="2s3z"))
+
+    @jax.jit
+    def battle(seed):
         env_state, obs = random_battle(env, seed)
-        targets, missed = smax_diagnosis.unreachable(env, obs)
+        return env_state, obs, targets_of_all_aims(env, env_state)
+
+    return env, [battle(seed) for seed in range(10)]
+
+
+def test_targets_beyond_aim_are_those_that_no_action_hits(battles_of_2s3z):
+    env, battles = battles_of_2s3z
+    unreachable = jax.jit(partial(smax_diagnosis.unreachable, env))
+    found, expected = [], []
+    for _, obs, possible in battles:
+        targets, missed = unreachable(obs)
         found.append(missed)
-        expected.append(targets & ~targets_of_all_aims(env, env_state))
-    found, expected = jnp.stack(found), jnp.stack(expected)
+        expected.append(targets & ~possible)
+    found, expected = np.stack(found), np.stack(expected)
     assert (found == expected).mean() > 0.98 and 0.1 < expected.mean() < 0.9  # slivers between two aims may differ
     assert not found[:, :, 0].any()  # the dead
 
 
-def test_discrete_choices_are_translated():
+def test_discrete_choices_are_translated(battles_of_2s3z):
     """Walking exactly, shots wherever an aim can hit, and again at the last target wherever it is."""
-    env, hits = make_env(Args(map_name="2s3z")), []
+    env, battles = battles_of_2s3z
     units, first = env.num_agents + env.num_enemies, env.num_movement_actions
-    for seed in range(10):
-        env_state, _ = random_battle(env, seed)
 
-        def decoded(choice, env_state=env_state):
-            choices = jnp.full(env.num_agents, choice)
-            actions = jnp.ones((units, 4)).at[: env.num_agents].set(smax_ippo.translated(env, env_state, choices))
-            assert 0 <= actions.min() and actions.max() <= 1
-            return (
-                x[: env.num_agents]
-                for x in env._env._decode_continuous_actions(jax.random.PRNGKey(0), env_state.state, actions)
-            )
+    @jax.jit
+    def translated(env_state, choice):
+        choices = jnp.full(env.num_agents, choice)
+        actions = jnp.ones((units, 4)).at[: env.num_agents].set(smax_ippo.translated(env, env_state, choices))
+        decoded = env._env._decode_continuous_actions(jax.random.PRNGKey(0), env_state.state, actions)
+        return actions, *(x[: env.num_agents] for x in decoded)
 
+    def walk_and_shot(env_state, choice):
+        actions, walk, shot = (np.asarray(x) for x in translated(env_state, choice))
+        assert 0 <= actions.min() and actions.max() <= 1
+        return walk, shot
+
+    walks = [env._decode_discrete_actions(jnp.full(env.num_agents, choice))[0] for choice in range(first)]
+    hits = []
+    for env_state, _, possible in battles:
         for choice in range(first):
-            walk, shot = decoded(choice)
-            expected = env._decode_discrete_actions(jnp.full(env.num_agents, choice))[0]
-            np.testing.assert_allclose(walk, expected, atol=1e-5)
+            walk, shot = walk_and_shot(env_state, choice)
+            np.testing.assert_allclose(walk, walks[choice], atol=1e-5)
             assert (shot < first).all()
-        possible = targets_of_all_aims(env, env_state)
         for enemy in range(1, env.num_enemies):  # the first is dead
-            walk, shot = decoded(first + enemy)
+            walk, shot = walk_and_shot(env_state, first + enemy)
             assert (walk == 0).all()
-            hits.append((shot == first + enemy)[possible[:, enemy]])
+            hits.append((shot == first + enemy)[np.asarray(possible)[:, enemy]])
             before = jnp.full(units, first + enemy)
             again = env_state.replace(state=env_state.state.replace(prev_attack_actions=before))
-            assert (list(decoded(first + enemy, again))[1] == first + enemy).all()
-    assert jnp.concatenate(hits).mean() > 0.98  # slivers between two aims
+            _, shot = walk_and_shot(again, first + enemy)
+            assert (shot == first + enemy).all()
+    assert np.concatenate(hits).mean() > 0.98  # slivers between two aims
 
 
 def test_state_is_normalised():
@@ -535,20 +564,47 @@ def test_seeds_side_by_side_equal_single_runs(side_by_side):
     assert (learned[0] != learned[1]).any() and (learned != 0).any()
 
 
-def test_two_devices_share_the_seeds(side_by_side):
+@pytest.fixture(scope="module")
+def fresh_process(tmp_path_factory):
+    """The folder where a new process, with two devices, has left what importing the script changed, and two runs."""
     program = f"""
-import jax
-import numpy as np
+import json, random, sys
 from functools import partial
+import numpy as np, numpy.random
+
+def state():
+    numbers = str(random.getstate()), str(np.random.get_state()[1].tolist())
+    return *numbers, *(id(stream) for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__))
+
+before = state()
 import ddpl_smax_jax as smax
+json.dump([before, state()], open("states.json", "w"))
+
+import jax
 from ddpl_smax_jax import Args, make_env
 SMALL = {SMALL}
 {inspect.getsource(after_four_updates)}
 np.savez("two", num_devices=smax.mesh_of_seeds(2).size, **after_four_updates(1, 2))
 """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(Path(smax.__file__).parent)}
-    subprocess.run([sys.executable, "-c", program], env=os.environ | flags, check=True, capture_output=True)
-    two = np.load("two.npz")
+    folder = tmp_path_factory.mktemp("fresh")
+    flags = {
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(Path(smax.__file__).parent),
+    }
+    with open(folder / "printed", "w") as printed:
+        options = dict(cwd=folder, env=os.environ | flags, stdout=printed, stderr=subprocess.STDOUT)
+        subprocess.run([sys.executable, "-c", program], check=True, **options)
+    return folder
+
+
+def test_importing_leaves_no_trace(fresh_process):
+    """JAX and JaxMARL draw global random numbers, print, and take sys.stdout away."""
+    before, after = json.loads((fresh_process / "states.json").read_text())
+    assert before == after and (fresh_process / "printed").read_text() == ""
+
+
+def test_two_devices_share_the_seeds(side_by_side, fresh_process):
+    two = np.load(fresh_process / "two.npz")
     assert two["num_devices"] == 2
     assert_same_run(side_by_side, two)
 
@@ -674,25 +730,6 @@ def test_every_seed_has_its_own_start():
         assert (key == jax.random.split(jnp.array([0, seed], jnp.uint32), 3)[0]).all()
 
 
-def test_importing_leaves_no_trace():
-    """JAX and JaxMARL move the global random numbers, print, and take sys.stdout away."""
-    program = """
-import random, sys
-import numpy as np, numpy.random
-before = random.getstate(), np.random.get_state()[1].tolist(), sys.stdout, sys.stderr, sys.__stdout__
-sys.stdout = stream = open("printed", "w")
-import ddpl_smax_jax
-assert sys.stdout is stream
-after = random.getstate(), np.random.get_state()[1].tolist(), before[2], sys.stderr, sys.__stdout__
-assert before == after
-"""
-    root = str(Path(smax.__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and Path("printed").read_text() == ""
-
-
 # ---- run folders
 
 
@@ -753,6 +790,7 @@ DAMAGES = {
     "step below 0": lambda tensors, others: others["progress"].update(global_step=-8),
     "another column": lambda tensors, others: others["progress"]["rows"][0].update(more=1),
     "no key": lambda tensors, others: tensors.pop(".key") is None or None,
+    "a tensor too many": lambda tensors, others: tensors.update(more=tensors[".key"]),
     "key of a wrong type": lambda tensors, others: tensors.update({".key": tensors[".key"].astype(np.int32)}),
     "key of a wrong size": lambda tensors, others: tensors.update({".key": tensors[".key"][:1]}),
     "fewer rows": fewer_rows,
@@ -797,18 +835,26 @@ def test_checkpoints_of_another_script_or_version(two_seeds):
     assert "is from another version of ddpl_smax_jax.py" in error_of(smax, resume=".")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before():
+@pytest.mark.parametrize("where", ["writing", "renaming"])
+def test_a_full_disk_leaves_the_checkpoint_before(where, monkeypatch):
     """Here a limit on the size of files, which the same system call reports."""
     args, run_dir = Args(), Path(".")
     smax.save_checkpoint(run_dir, args, smax.Progress(), {"small": np.zeros(3)})
     before = Path("checkpoint.safetensors").read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if where == "writing":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    else:
+        monkeypatch.setattr(os, "replace", full)
     try:
         with pytest.raises(smax.RunError, match="cannot write checkpoint.safetensors.tmp .*; the checkpoint before"):
             smax.save_checkpoint(run_dir, args, smax.Progress(), {"large": np.zeros(100_000)})
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert Path("checkpoint.safetensors").read_bytes() == before and not Path("checkpoint.safetensors.tmp").exists()
 
 
@@ -817,7 +863,7 @@ def test_without_memory(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 4800000000000 bytes.")
 
     monkeypatch.setattr(smax, "begin_seeds", exhausted)
-    assert "choose a smaller --buffer-size" in error_of(smax)
+    assert "out of memory; choose smaller numbers (RESOURCE_EXHAUSTED: Out of memory)" in error_of(smax)
 
 
 # ---- NaN
@@ -862,10 +908,11 @@ def test_the_step_of_the_oldest_nan():
 
 def test_learning_beats_the_random_team():
     """The team before any learning is the random one: 3m pays the share of health shot away, and 1 for a won battle."""
-    args = Args(total_timesteps=9_600, learning_starts=2_000, log_interval=1_600, final_eval_episodes=128)
+    small = dict(critic_hidden=32, actor_hidden=32, local_critic_hidden=32, batch_size=64, actor_batch_size=16)
+    small |= dict(denoising_steps=5, eval_episodes=128, final_eval_episodes=128)
+    args = Args(total_timesteps=8_000, learning_starts=0, log_interval=1_600, **small)
     env = make_env(args)
-    learner = jax.vmap(partial(smax.begin, env, args))(jnp.array([1])).learner
-    before = smax.evaluator(env, args)(learner, 128, False, 0)["returns"].mean()
+    before = smax.evaluator(env, args)(smax.begin_seeds(env, args).learner, 128, False, 0)["returns"].mean()
     result = train(args)
     rows = list(csv.DictReader(open(Path(result["run_dir"]) / "evaluations.csv")))
     assert [float(row["return_mean"]) for row in rows if row["mode"] == "stochastic"][-1] > before + 0.1
