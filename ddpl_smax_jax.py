@@ -943,6 +943,7 @@ def begin_seeds(env: HeuristicEnemySMAX, args: Args) -> Training:
 
 
 def sharding_of_seeds(args: Args) -> NamedSharding:
+    """The seeds spread over the devices that share them."""
     return NamedSharding(mesh_of_seeds(args.num_seeds, args.device), PartitionSpec("seeds"))
 
 
