@@ -939,7 +939,8 @@ def compiled(function: Callable, num_seeds: int, device: str = "auto", donate: b
 def begin_seeds(env: HeuristicEnemySMAX, args: Args) -> Training:
     """The start of the runs of all seeds, each on the device that has its share of them."""
     seeds = np.arange(args.seed, args.seed + args.num_seeds, dtype=np.uint32)
-    return jax.jit(jax.vmap(partial(begin, env, args)), out_shardings=sharding_of_seeds(args))(seeds)
+    training = jax.jit(jax.vmap(partial(begin, env, args)), out_shardings=sharding_of_seeds(args))(seeds)
+    return jax.block_until_ready(training)  # raises here if there is no memory; to read an array would wait for ever
 
 
 def sharding_of_seeds(args: Args) -> NamedSharding:
