@@ -729,6 +729,8 @@ def check_args(args: Args) -> None:
         values = getattr(args, name)
         require(args, name, 0 < len(set(values)) == len(values), "one or more, each named once")
     require(args, "num_agents", all(1 <= n <= 8 for n in args.num_agents), "whole numbers from 1 to 8")
+    for name in ("batch_size", "actor_batch_size"):
+        require(args, name, getattr(args, name) <= 65536, "a whole number from 1 to 65536")
     require(args, "tolerance", 0 < args.tolerance <= 1 - PEAK, "above 0, at most 0.3, so that it stays inside the box")
     require(args, "bonus", 0 < args.bonus <= 1e3, "above 0, or there is nothing to coordinate, and at most 1000")
     enough = args.total_timesteps >= 20 * args.num_envs

@@ -1299,6 +1299,9 @@ def load_checkpoint(
         raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another run folder")
     if stored.keys() != run_arguments(args).keys():
         raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another run folder")
+    with damage_reported(flag, run_dir):
+        if not all(fits(stored[item.name], item.type) for item in fields(args) if item.name in stored):
+            raise TypeError("arguments")
     asked = {item.name for item in fields(args) if getattr(args, item.name) != item.default} | set(given)
     for name in (asked & stored.keys()) - set(free):
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"

@@ -231,6 +231,7 @@ def test_diverging_run_says_where(policy):
         ({"game": "chess"}, "--game"),
         ({"seed": -1}, "--seed"),
         ({"batch_size": 64.0}, "--batch-size"),
+        ({"batch_size": 2 * 10**9}, "--batch-size"),
         ({"learning_starts": 8000}, "--learning-starts"),
         ({"tolerance": 0.5}, "--tolerance"),
         ({"bonus": 0.0}, "--bonus"),

@@ -262,7 +262,9 @@ def test_damaged_parts_are_refused(script, finished, no_training, tmp_path, subt
         with subtests.test(name):
             torch.save(damaged, path)
             before = path.read_bytes()
-            assert "--" in error_of(script, resume=str(tmp_path))
+            message = error_of(script, resume=str(tmp_path))
+            assert "--" in message
+            assert "is damaged" in message or not name.endswith("another type")
             assert path.read_bytes() == before
 
 

@@ -12,10 +12,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-# Compiling takes a third of the time so. XLA reads its flags once, so this is for the one that imports JAX first.
-if "jax" not in sys.modules:
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-
 import jax
 import jax.numpy as jnp
 import numpy as np
