@@ -979,8 +979,23 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, renamed to `path` in the end: a kill at any moment leaves a whole file, the old or the new.
+
+    So does a full disk, as a RunError.
+    """
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's own, at a full disk
+        unfinished.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path} ({error}); the one before stays") from None
+
+
 def save_checkpoint(run_dir: Path, args: Args, progress: Progress, learner: Learner, normalizer: Normalizer) -> None:
-    """Write checkpoint.pt so that a kill at any moment, or a full disk, leaves a whole one, the old or the new."""
+    """Write checkpoint.pt, whole."""
     contents = {
         "script": SCRIPT,
         "args": run_arguments(args),
@@ -990,56 +1005,61 @@ def save_checkpoint(run_dir: Path, args: Args, progress: Progress, learner: Lear
         "normalizer": normalizer.state_dict(),
         **random_state(learner.device),
     }
-    path = run_dir / "checkpoint.pt.tmp"
-    try:
+    with whole_file(run_dir / "checkpoint.pt") as path:
         torch.save(contents, path)
-        os.replace(path, run_dir / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's own, at a full disk
-        path.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({error}); the checkpoint before stays") from None
 
 
 @contextmanager
-def damage_reported(flag: str, run_dir: Path) -> Iterator[None]:
-    """Whatever a truncated, changed or foreign checkpoint raises becomes one sentence."""
+def damage_reported(flag: str, path: Path) -> Iterator[None]:
+    """Whatever a truncated, changed or foreign file raises becomes one sentence."""
     try:
         yield
     except RunError:
         raise
     except Exception as error:
-        reason = f"{run_dir / 'checkpoint.pt'} is damaged ({type(error).__name__}); choose another run folder"
-        raise RunError(f"{flag}: {reason}") from None
+        raise RunError(f"{flag}: {path} is damaged ({type(error).__name__}); choose another") from None
 
 
-def load_checkpoint(
-    flag: str, run_dir: Path, args: Args, given: Collection[str], free: Collection[str]
-) -> tuple[Args, dict]:
-    """A run's arguments and the contents of its checkpoint. Loading executes no code (weights_only).
+def stored_arguments(
+    flag: str, path: Path, contents: dict, args: Args, given: Collection[str], free: Collection[str]
+) -> Args:
+    """The arguments in what a file holds, its `script` and `args`, completed by ours; those in `free` may differ.
 
-    Raises RunError if the checkpoint is damaged or another script's, or if `args` ask for another run than the one it
-    holds: by arguments that are in `given` or differ from their defaults. Those in `free` may differ.
+    Raises RunError if the file is damaged or another script's, or if ours ask for another run than the one it is from:
+    by arguments that are in `given` or differ from their defaults.
     """
-    path = run_dir / "checkpoint.pt"
-    with damage_reported(flag, run_dir):
-        if zipfile.ZipFile(path).testzip():  # PyTorch does not compare the checksums
-            raise ValueError("checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, stored = checkpoint["script"], dict(checkpoint["args"])
+    with damage_reported(flag, path):
+        script, stored = contents["script"], dict(contents["args"])
     if script != SCRIPT:
-        raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another run folder")
-    if stored.keys() != run_arguments(args).keys():
-        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another run folder")
-    with damage_reported(flag, run_dir):
+        raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another")
+    if not stored.keys() <= run_arguments(args).keys():
+        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another")
+    with damage_reported(flag, path):
         if not all(fits(stored[item.name], item.type) for item in fields(args) if item.name in stored):
             raise TypeError("arguments")
     asked = {item.name for item in fields(args) if getattr(args, item.name) != item.default} | set(given)
     for name in (asked & stored.keys()) - set(free):
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"
         if ours != theirs:
-            raise RunError(f"{flag}: {run_dir} ran with {option} {theirs}, not {ours}; drop {option}")
+            raise RunError(f"{flag}: {path} ran with {option} {theirs}, not {ours}; drop {option}")
     if "env_id" not in asked and ":" in str(stored.get("env_id")):  # gym.make would import what stands before the colon
         raise RunError(f"{flag}: {path} names a module to import, {stored['env_id']}; to trust it, name it by --env-id")
-    return replace(args, **{name: value for name, value in stored.items() if name not in asked}), checkpoint
+    return replace(args, **{name: value for name, value in stored.items() if name not in asked})
+
+
+def load_checkpoint(
+    flag: str, run_dir: Path, args: Args, given: Collection[str], free: Collection[str]
+) -> tuple[Args, dict]:
+    """A run's arguments, see stored_arguments, and the contents of its checkpoint. Loading executes no code."""
+    path = run_dir / "checkpoint.pt"
+    with damage_reported(flag, path):
+        if zipfile.ZipFile(path).testzip():  # PyTorch does not compare the checksums
+            raise ValueError("checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    run_args = stored_arguments(flag, path, checkpoint, args, given, free)
+    if len(checkpoint["args"]) < len(run_arguments(args)):
+        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another")
+    return run_args, checkpoint
 
 
 @torch.no_grad()
@@ -1077,7 +1097,7 @@ def restore(
     flag: str, run_dir: Path, checkpoint: dict, learner: Learner, normalizer: Normalizer, device: torch.device
 ) -> Progress:
     """Bring learner, statistics and random numbers to where the checkpoint stands. Raises RunError if it is damaged."""
-    with damage_reported(flag, run_dir):
+    with damage_reported(flag, run_dir / "checkpoint.pt"):
         progress = read_progress(checkpoint["progress"])
         copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
         copy_into([list(optimizer.state.values()) for optimizer in learner.optimizers()], checkpoint["optimizers"])
@@ -1106,11 +1126,10 @@ def set_random_state(checkpoint: dict, device: torch.device, seed: int) -> None:
 
 def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
     """Write evaluations.csv, whole."""
-    with open(run_dir / "evaluations.csv.tmp", "w", newline="") as file:
+    with whole_file(run_dir / "evaluations.csv") as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(run_dir / "evaluations.csv.tmp", run_dir / "evaluations.csv")
 
 
 def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
@@ -1146,7 +1165,7 @@ def play(args: Args, given: Collection[str] = ()) -> None:
     obs_size = env.observation_space.shape[0]
     learner = Learner(args, obs_size, env.action_space.shape[0], device)
     normalizer = Normalizer(obs_size, 1, args.gamma)
-    with damage_reported("--evaluate", run_dir):
+    with damage_reported("--evaluate", run_dir / "checkpoint.pt"):
         copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
         normalizer.load_state_dict(checkpoint["normalizer"])
     for mode, act in ways_to_play(learner, normalizer).items():

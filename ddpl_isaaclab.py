@@ -35,8 +35,10 @@ import socket
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -46,11 +48,13 @@ from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import safetensors.numpy
 import torch
 import torch.distributed as dist
 import tyro
 from filelock import FileLock, Timeout
 from gymnasium.spaces import Box
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adam import adam
@@ -95,6 +99,8 @@ class Algorithm:
     """Discount factor."""
     tau: float = 0.05
     """Step of the target critic towards the critic, each update."""
+    average_decay: float = 0.99
+    """What the average of a policy's weights keeps of itself, each update; evaluations play the average (0: none)."""
     critic_lr: float = 3e-3
     """Learning rate of the central critics."""
     actor_lr: float = 3e-3
@@ -332,7 +338,7 @@ class DiffusionPolicy(nn.Module):
         self.velocity = StackedLinear(num_agents, hidden, action_size)
         nn.init.zeros_(self.velocity.weight)
         self.register_buffer("alphas_bar", noise_schedule(num_steps), persistent=False)
-        self.register_buffer("mask", mask[:, None], persistent=False)  # [N, 1, D]
+        self.register_buffer("mask", mask[:, None])  # [N, 1, D]
 
     def forward(self, context: Tensor, x_t: Tensor) -> Tensor:
         """v [N, B, D] of noisy actions [N, B, D]; context [N, B, H] is the first layer's sum over (observation, t)."""
@@ -364,7 +370,7 @@ class GaussianPolicy(nn.Module):
         self.observation = StackedLinear(num_agents, obs_size, hidden)
         self.hidden = StackedLinear(num_agents, hidden, hidden)
         self.mean_and_log_std = StackedLinear(num_agents, hidden, 2 * action_size)
-        self.register_buffer("mask", mask[:, None], persistent=False)  # [N, 1, D]
+        self.register_buffer("mask", mask[:, None])  # [N, 1, D]
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation [N, B, D] before the tanh."""
@@ -389,6 +395,15 @@ class GaussianPolicy(nn.Module):
             return torch.tanh(mean) * self.mask
         actions, _ = self.rsample(obs)
         return actions
+
+
+def make_policy(
+    args: Args, num_agents: int, obs_size: int, action_size: int, mask: Tensor
+) -> DiffusionPolicy | GaussianPolicy:
+    """The policies of N agents, of the class and size that the arguments name; mask is [N, D]."""
+    if args.policy == "gaussian":
+        return GaussianPolicy(num_agents, obs_size, action_size, args.actor_hidden, mask)
+    return DiffusionPolicy(num_agents, obs_size, action_size, args.actor_hidden, args.denoising_steps, mask)
 
 
 class TwinCritic(nn.Module):
@@ -546,18 +561,19 @@ class Adam(torch.optim.Adam):
 class Learner(nn.Module):
     """What training changes: policies, critics, temperatures and their optimisers, all on the device of mask [N, D].
 
+    `policy` is what the gradients move and what acts in training. `average_policy`, the running average of its weights,
+    which wavers less, is what plays in the end.
+
     The networks are drawn on the CPU first, so a seed starts with the same ones on every device.
     """
 
     def __init__(self, args: Args, num_agents: int, obs_size: int, action_size: int, state_size: int, mask: Tensor):
         super().__init__()
         self.args = args
-        sizes = num_agents, obs_size, action_size
+        self.policy = make_policy(args, num_agents, obs_size, action_size, mask)
         if args.policy == "diffusion":
-            self.policy = DiffusionPolicy(*sizes, args.actor_hidden, args.denoising_steps, mask)
-            self.local_critic = LocalCritic(*sizes, args.local_critic_hidden)
-        else:
-            self.policy = GaussianPolicy(*sizes, args.actor_hidden, mask)
+            self.local_critic = LocalCritic(num_agents, obs_size, action_size, args.local_critic_hidden)
+        self.average_policy = deepcopy(self.policy).requires_grad_(False)
         self.critic = TwinCritic(state_size, num_agents, action_size, args.critic_hidden)
         self.target_critic = TwinCritic(state_size, num_agents, action_size, args.critic_hidden)
         self.target_critic.load_state_dict(self.critic.state_dict())
@@ -585,9 +601,12 @@ def update(learner: Learner, batch: "Batch") -> dict[str, Tensor]:
     next_actions = learner.policy.sample(batch.next_obs)
     metrics = update_critic(learner, batch, next_actions)
     if isinstance(learner.policy, GaussianPolicy):
-        return metrics | update_gaussian(learner, batch.next_state, batch.next_obs)
-    rows = slice(learner.args.actor_batch_size)
-    return metrics | update_diffusion(learner, batch.next_state[rows], batch.next_obs[:, rows], next_actions[:, rows])
+        metrics |= update_gaussian(learner, batch.next_state, batch.next_obs)
+    else:
+        rows = slice(learner.args.actor_batch_size)
+        metrics |= update_diffusion(learner, batch.next_state[rows], batch.next_obs[:, rows], next_actions[:, rows])
+    step_towards(learner.average_policy, learner.policy, 1 - learner.args.average_decay)
+    return metrics
 
 
 def update_critic(learner: Learner, batch: "Batch", next_actions: Tensor) -> dict[str, Tensor]:
@@ -598,8 +617,7 @@ def update_critic(learner: Learner, batch: "Batch", next_actions: Tensor) -> dic
     q = learner.critic(batch.state, batch.actions)
     loss = (q - target).square().mean(1).sum()
     take_step(learner.critic_optimizer, loss)
-    with torch.no_grad():
-        torch._foreach_lerp_([*learner.target_critic.parameters()], [*learner.critic.parameters()], learner.args.tau)
+    step_towards(learner.target_critic, learner.critic, learner.args.tau)
     return {"losses/critic": loss.detach(), "losses/q": q.detach().mean()}
 
 
@@ -690,6 +708,12 @@ def update_temperature(learner: Learner, excess: Tensor) -> dict[str, Tensor]:
 def take_step(optimizer: Adam, loss: Tensor) -> None:
     """One gradient step down the mean of all processes' losses, on the optimizer's own parameters only."""
     optimizer.descend(average_gradients(torch.autograd.grad(loss, optimizer.param_groups[0]["params"])))
+
+
+@torch.no_grad()
+def step_towards(average: nn.Module, network: nn.Module, share: float) -> None:
+    """Move the weights of a running average a share of the way to the network's (Polyak averaging)."""
+    torch._foreach_lerp_([*average.parameters()], [*network.parameters()], share)
 
 
 def compiled(function: Callable, learner: Learner) -> Callable:
@@ -1035,6 +1059,7 @@ def training_loop(
         buffers = gathered(stored | {"data": [column.cpu() for column in stored["data"]]})
         with together():
             if rank() == 0:
+                save_team(run_dir, args, learner.average_policy)
                 save_checkpoint(run_dir, args, replace(progress, seconds=seconds()), learner, buffers)
 
     def log_evaluation() -> tuple[np.ndarray, float]:
@@ -1042,7 +1067,7 @@ def training_loop(
         before = time.monotonic()
         time_taken = round(seconds(), 1)
         for mode in ("stochastic", "deterministic"):
-            returns, success_rate = evaluate(learner.policy, env, mode == "deterministic", progress.global_step)
+            returns, success_rate = evaluate(learner.average_policy, env, mode == "deterministic", progress.global_step)
             mean, std = float(returns.mean()), float(returns.std())
             row = progress.global_step, time_taken, mode, mean, std, len(returns), success_rate
             progress.rows.append(dict(zip(EVALUATION_COLUMNS, row)))
@@ -1194,6 +1219,7 @@ def check_args(args: Args) -> None:
         require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
     require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
     require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
+    require(args, "average_decay", 0 <= args.average_decay < 1, "a number from 0 to below 1")
     require(args, "init_temperature", 1e-6 <= args.init_temperature <= 1e6, "a number from 1e-6 to 1e6")
     entropies = "a number from -10 to below 0.69, the uniform policy's entropy"
     require(args, "target_entropy", -10 <= args.target_entropy < math.log(2), entropies)
@@ -1281,8 +1307,23 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, renamed to `path` in the end: a kill at any moment leaves a whole file, the old or the new.
+
+    So does a full disk, as a RunError.
+    """
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's own, at a full disk
+        unfinished.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path} ({error}); the one before stays") from None
+
+
 def save_checkpoint(run_dir: Path, args: Args, progress: Progress, learner: Learner, buffers: list[dict]) -> None:
-    """Write checkpoint.pt so that a kill at any moment, or a full disk, leaves a whole one, the old or the new."""
+    """Write checkpoint.pt, whole."""
     contents = {
         "script": SCRIPT,
         "args": run_arguments(args),
@@ -1291,56 +1332,61 @@ def save_checkpoint(run_dir: Path, args: Args, progress: Progress, learner: Lear
         "optimizers": [list(optimizer.state.values()) for optimizer in learner.optimizers()],
         "buffers": buffers,  # of all processes
     }
-    path = run_dir / "checkpoint.pt.tmp"
-    try:
+    with whole_file(run_dir / "checkpoint.pt") as path:
         torch.save(contents, path)
-        os.replace(path, run_dir / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's own, at a full disk
-        path.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({error}); the checkpoint before stays") from None
 
 
 @contextmanager
-def damage_reported(flag: str, run_dir: Path) -> Iterator[None]:
-    """Whatever a truncated, changed or foreign checkpoint raises becomes one sentence."""
+def damage_reported(flag: str, path: Path) -> Iterator[None]:
+    """Whatever a truncated, changed or foreign file raises becomes one sentence."""
     try:
         yield
     except RunError:
         raise
     except Exception as error:
-        reason = f"{run_dir / 'checkpoint.pt'} is damaged ({type(error).__name__}); choose another run folder"
-        raise RunError(f"{flag}: {reason}") from None
+        raise RunError(f"{flag}: {path} is damaged ({type(error).__name__}); choose another") from None
 
 
-def load_checkpoint(
-    flag: str, run_dir: Path, args: Args, given: Collection[str], free: Collection[str]
-) -> tuple[Args, dict]:
-    """A run's arguments and the contents of its checkpoint. Loading executes no code (weights_only).
+def stored_arguments(
+    flag: str, path: Path, contents: dict, args: Args, given: Collection[str], free: Collection[str]
+) -> Args:
+    """The arguments in what a file holds, its `script` and `args`, completed by ours; those in `free` may differ.
 
-    Raises RunError if the checkpoint is damaged or another script's, or if `args` ask for another run than the one it
-    holds: by arguments that are in `given` or differ from their defaults. Those in `free` may differ.
+    Raises RunError if the file is damaged or another script's, or if ours ask for another run than the one it is from:
+    by arguments that are in `given` or differ from their defaults.
     """
-    path = run_dir / "checkpoint.pt"
-    with damage_reported(flag, run_dir):
-        if zipfile.ZipFile(path).testzip():  # PyTorch does not compare the checksums
-            raise ValueError("checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, stored = checkpoint["script"], dict(checkpoint["args"])
+    with damage_reported(flag, path):
+        script, stored = contents["script"], dict(contents["args"])
     if script != SCRIPT:
-        raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another run folder")
-    if stored.keys() != run_arguments(args).keys():
-        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another run folder")
-    with damage_reported(flag, run_dir):
+        raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another")
+    if not stored.keys() <= run_arguments(args).keys():
+        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another")
+    with damage_reported(flag, path):
         if not all(fits(stored[item.name], item.type) for item in fields(args) if item.name in stored):
             raise TypeError("arguments")
     asked = {item.name for item in fields(args) if getattr(args, item.name) != item.default} | set(given)
     for name in (asked & stored.keys()) - set(free):
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"
         if ours != theirs:
-            raise RunError(f"{flag}: {run_dir} ran with {option} {theirs}, not {ours}; drop {option}")
+            raise RunError(f"{flag}: {path} ran with {option} {theirs}, not {ours}; drop {option}")
     if "env_id" not in asked and ":" in str(stored.get("env_id")):  # gym.make would import what stands before the colon
         raise RunError(f"{flag}: {path} names a module to import, {stored['env_id']}; to trust it, name it by --env-id")
-    return replace(args, **{name: value for name, value in stored.items() if name not in asked}), checkpoint
+    return replace(args, **{name: value for name, value in stored.items() if name not in asked})
+
+
+def load_checkpoint(
+    flag: str, run_dir: Path, args: Args, given: Collection[str], free: Collection[str]
+) -> tuple[Args, dict]:
+    """A run's arguments, see stored_arguments, and the contents of its checkpoint. Loading executes no code."""
+    path = run_dir / "checkpoint.pt"
+    with damage_reported(flag, path):
+        if zipfile.ZipFile(path).testzip():  # PyTorch does not compare the checksums
+            raise ValueError("checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    run_args = stored_arguments(flag, path, checkpoint, args, given, free)
+    if len(checkpoint["args"]) < len(run_arguments(args)):
+        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another")
+    return run_args, checkpoint
 
 
 @torch.no_grad()
@@ -1377,7 +1423,7 @@ def read_progress(stored: dict) -> Progress:
 def restore(flag: str, run_dir: Path, checkpoint: dict, learner: Learner, buffer: ReplayBuffer) -> Progress:
     """Bring learner and buffer to where the checkpoint stands. Raises RunError if it is damaged, or if more or fewer
     processes wrote it."""
-    with damage_reported(flag, run_dir):
+    with damage_reported(flag, run_dir / "checkpoint.pt"):
         processes = len(checkpoint["buffers"])
         if processes != world_size():
             raise RunError(f"{flag}: {run_dir} ran in {processes} processes, not {world_size()}")
@@ -1388,13 +1434,62 @@ def restore(flag: str, run_dir: Path, checkpoint: dict, learner: Learner, buffer
     return progress
 
 
+def save_team(run_dir: Path, args: Args, policy: nn.Module) -> None:
+    """Write team.safetensors, whole: the policies, and the arguments but for those that are about one machine."""
+    tensors = {name: tensor.cpu().numpy() for name, tensor in policy.state_dict().items()}
+    of_a_machine = ("device", "compile", "num_threads", "exp_name", "wandb_project_name", "wandb_entity")
+    shared = {name: value for name, value in run_arguments(args).items() if name not in of_a_machine}
+    contents = json.dumps({"script": SCRIPT, "args": shared})
+    with whole_file(run_dir / "team.safetensors") as path:
+        path.write_bytes(safetensors.numpy.save(tensors, {"json": contents, "crc32": checksum(tensors, contents)}))
+
+
+def read_team(
+    flag: str, path: Path, args: Args, given: Collection[str], free: Collection[str]
+) -> tuple[Args, nn.Module]:
+    """The arguments, see stored_arguments, and the policies of a team's file. Loading executes no code."""
+    if not path.is_file():
+        raise RunError(f"{flag}: there is no file {path}; choose a team.safetensors or a run folder")
+    with damage_reported(flag, path):
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata["crc32"] != checksum(tensors, metadata["json"]):
+            raise ValueError("checksum")
+        contents = json.loads(metadata["json"])
+        stored = {name: tuple(v) if isinstance(v, list) else v for name, v in contents["args"].items()}
+    args = stored_arguments(flag, path, contents | {"args": stored}, args, given, free)
+    with damage_reported(flag, path):
+        num_agents, obs_size, _ = tensors["observation.weight"].shape
+        mask = torch.from_numpy(tensors["mask"])[:, 0]
+        policy = make_policy(args, num_agents, obs_size, mask.shape[-1], mask)
+        copy_into(dict(policy.state_dict()), {name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+    return args, policy.requires_grad_(False)
+
+
+def load_team(path: str | Path) -> tuple[nn.Module, Args]:
+    """A trained team from its file, to be used from Python: policy.sample(obs) acts; see the policies' docstrings.
+
+    Returns the policies and the arguments they were trained with. Raises RunError if the file is not such a team's.
+    """
+    args, policy = read_team("load_team", Path(path), Args(), (), ())
+    return policy, args
+
+
+def checksum(tensors: dict[str, np.ndarray], contents: str) -> str:
+    """CRC-32 of a file's tensors, their names and its other contents; safetensors has none."""
+    crc = zlib.crc32(contents.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(np.ascontiguousarray(tensors[name]), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
 def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
     """Write evaluations.csv, whole."""
-    with open(run_dir / "evaluations.csv.tmp", "w", newline="") as file:
+    with whole_file(run_dir / "evaluations.csv") as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(run_dir / "evaluations.csv.tmp", run_dir / "evaluations.csv")
 
 
 def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
@@ -1418,20 +1513,36 @@ def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
 # ---------------------------------------------------------------------------------------------------- command line
 
 
-def play(args: Args, given: Collection[str] = ()) -> None:
-    """--evaluate: play a run's policy and print its returns."""
-    run_dir = existing_run("--evaluate", args.evaluate)
-    free = ("seed", "num_envs", "num_threads", "device", "compile")
-    args, checkpoint = load_checkpoint("--evaluate", run_dir, args, given, free)
+def team_to_play(
+    args: Args, given: Collection[str], free: Collection[str]
+) -> tuple[Path, Args, DiffusionPolicy | GaussianPolicy]:
+    """The file of the team that --evaluate names, by itself or by its run folder, its arguments and its policies."""
+    path = Path(args.evaluate)
+    if path.suffix != ".safetensors":
+        path = existing_run("--evaluate", args.evaluate) / "team.safetensors"
+    args, policy = read_team("--evaluate", path, args, given, free)
+    args = replace(args, compile=False)  # nothing is learned
     check_args(args)
+    return path, args, policy.to(choose_device(args))
+
+
+def check_sizes(path: Path, policy: DiffusionPolicy | GaussianPolicy, mask: Tensor, obs_size: int) -> None:
+    """Raise RunError unless the policies are for agents with these actions, mask [N, D], and observations."""
+    ours = *policy.mask[:, 0].shape, policy.observation.weight.shape[1]
+    theirs = *mask.shape, obs_size
+    if ours != theirs:
+        sizes = f"(agents, actions, observations) = {ours}, and the task has {theirs}"
+        raise RunError(f"--evaluate: {path} is for {sizes}; choose another")
+
+
+def play(args: Args, given: Collection[str] = ()) -> None:
+    """--evaluate: play the policy of a run or of a team's file, and print its returns."""
+    path, args, policy = team_to_play(args, given, free=("seed", "num_envs"))
     torch.set_num_threads(args.num_threads)
     with make_env(args) as env:
-        mask = env.action_mask().to(choose_device(args))
-        learner = Learner(args, env.num_agents, env.obs_size, env.action_size, env.state_size, mask)
-        with damage_reported("--evaluate", run_dir):
-            copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
+        check_sizes(path, policy, env.action_mask(), env.obs_size)
         for mode in ("stochastic", "deterministic"):
-            returns, success_rate = evaluate(learner.policy, env, mode == "deterministic", args.seed)
+            returns, success_rate = evaluate(policy, env, mode == "deterministic", args.seed)
             spread = f"{returns.mean():.2f} +- {returns.std():.2f} (std) over {len(returns)} episodes"
             if rank() == 0:
                 print(f"{mode:13s} return {spread}, success rate {success_rate:.3f}")

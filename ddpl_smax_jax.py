@@ -48,10 +48,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import safetensors.numpy
 import tyro
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
@@ -128,6 +128,8 @@ class Algorithm:
     """Discount factor."""
     tau: float = 0.01
     """Step of the target critic towards the critic, each update."""
+    average_decay: float = 0.99
+    """What the average of a policy's weights keeps of itself, each update; evaluations play the average (0: none)."""
     critic_lr: float = 1e-3
     """Learning rate of the central critics."""
     actor_lr: float = 3e-3
@@ -514,9 +516,14 @@ class LocalCritic(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What training changes: policies, critics, temperatures and the states of their optimisers."""
+    """What training changes: policies, critics, temperatures and the states of their optimisers.
+
+    `policy` is what the gradients move and what acts in training. `average_policy`, the running average of its weights,
+    which wavers less, is what plays in the end.
+    """
 
     policy: DiffusionPolicy | GaussianPolicy
+    average_policy: DiffusionPolicy | GaussianPolicy
     critic: TwinCritic
     target_critic: TwinCritic
     local_critic: LocalCritic | None
@@ -535,7 +542,8 @@ class Learner(NamedTuple):
             "log_temperature": jnp.full(num_agents, math.log(args.init_temperature)),
         }
         optimizers = {name: optax.adam(0.0).init(value) for name, value in learned.items()}
-        return cls(target_critic=learned["critic"], optimizers=optimizers, **learned)
+        averages = {"average_policy": learned["policy"], "target_critic": learned["critic"]}
+        return cls(optimizers=optimizers, **averages, **learned)
 
     def take_step(self, name: str, learning_rate: float, gradient: Any) -> "Learner":
         """One Adam step of the field `name` down its gradient."""
@@ -558,12 +566,13 @@ def update(
     learner, metrics = update_critic(learner, batch, next_actions, args)
     if isinstance(learner.policy, GaussianPolicy):
         learner, more = update_gaussian(learner, batch.next_state, batch.next_obs, next_alive, args, policy_key)
-        return learner, metrics | more
-    rows = slice(args.actor_batch_size)
-    state, obs = batch.next_state[rows], batch.next_obs[:, rows]
-    actions, alive = next_actions[:, rows], next_alive[:, rows]
-    learner, more = update_diffusion(learner, state, obs, actions, alive, args, policy_key)
-    return learner, metrics | more
+    else:
+        rows = slice(args.actor_batch_size)
+        state, obs = batch.next_state[rows], batch.next_obs[:, rows]
+        actions, alive = next_actions[:, rows], next_alive[:, rows]
+        learner, more = update_diffusion(learner, state, obs, actions, alive, args, policy_key)
+    average = optax.incremental_update(learner.policy, learner.average_policy, 1 - args.average_decay)
+    return learner._replace(average_policy=average), metrics | more
 
 
 def update_critic(learner: Learner, batch: "Batch", next_actions: Array, args: Args) -> tuple[Learner, Metrics]:
@@ -846,10 +855,14 @@ def strongly_typed(tree: Any) -> Any:
 
 
 def act(
-    learner: Learner, env: HeuristicEnemySMAX, key: Array, obs: Array, deterministic: Array | bool = False
+    policy: DiffusionPolicy | GaussianPolicy,
+    env: HeuristicEnemySMAX,
+    key: Array,
+    obs: Array,
+    deterministic: Array | bool = False,
 ) -> Array:
     """Actions [E, N, D] of the policies at observations [E, N, O]; the dead do nothing."""
-    actions = learner.policy.sample(key, obs.swapaxes(0, 1), deterministic).swapaxes(0, 1)
+    actions = policy.sample(key, obs.swapaxes(0, 1), deterministic).swapaxes(0, 1)
     return actions * living(env, obs)[..., None]
 
 
@@ -861,7 +874,7 @@ def play_and_learn(
 
     # Act: at random, before learning has started.
     if learning:
-        actions = act(training.learner, env, act_key, training.obs)
+        actions = act(training.learner.policy, env, act_key, training.obs)
     else:
         uniform = jax.random.uniform(act_key, (*training.obs.shape[:2], ACTION_SIZE), minval=-1, maxval=1)
         actions = uniform * living(env, training.obs)[..., None]
@@ -952,7 +965,7 @@ def sharding_of_seeds(args: Args) -> NamedSharding:
 
 
 def evaluate(
-    env: HeuristicEnemySMAX, episodes: int, learner: Learner, key_and_mode: tuple[Array, Array]
+    env: HeuristicEnemySMAX, episodes: int, policy: DiffusionPolicy | GaussianPolicy, key_and_mode: tuple[Array, Array]
 ) -> dict[str, Array]:
     """Plays `episodes` battles at a time; returns the numbers of BATTLE, each [episodes].
 
@@ -965,7 +978,7 @@ def evaluate(
     def play_step(carry: tuple, key: Array) -> tuple[tuple, None]:
         (env_state, obs, _), playing, totals = carry
         act_key, step_key = jax.random.split(key)
-        actions = act(learner, env, act_key, obs, deterministic)
+        actions = act(policy, env, act_key, obs, deterministic)
         after, *going_on = jax.vmap(partial(step, env))(jax.random.split(step_key, episodes), env_state, actions)
         last = playing * after.ended
         gains = after.reward, last * after.won, 1, last * after.dead_allies  # in the order of BATTLE
@@ -978,21 +991,23 @@ def evaluate(
     return dict(zip(BATTLE, totals))
 
 
-def evaluator(env: HeuristicEnemySMAX, args: Args) -> Callable[[Learner, int, bool, int], dict[str, np.ndarray]]:
-    """A function of (learner, number of battles, deterministic?, seed) that is compiled only once."""
+def evaluator(env: HeuristicEnemySMAX, args: Args) -> Callable[[Any, int, bool, int], dict[str, np.ndarray]]:
+    """A function of (policies [seeds, ...], number of battles, deterministic?, seed) that is compiled only once."""
     play = compiled(partial(evaluate, env, args.eval_episodes), args.num_seeds, args.device)
 
-    def evaluate_seeds(learner: Learner, episodes: int, deterministic: bool, seed: int) -> dict[str, np.ndarray]:
+    def evaluate_seeds(policies: Any, episodes: int, deterministic: bool, seed: int) -> dict[str, np.ndarray]:
         """What evaluate returns, each [seeds, episodes]."""
         keys = jax.random.split(jax.random.PRNGKey(seed), math.ceil(episodes / args.eval_episodes))
-        waves = [jax.device_get(play(learner, (key, jnp.array(deterministic)))) for key in keys]
+        waves = [jax.device_get(play(policies, (key, jnp.array(deterministic)))) for key in keys]
         # In the order of BATTLE: JAX returns a dict in that of its keys.
         return {name: np.concatenate([wave[name] for wave in waves], 1)[:, :episodes] for name in BATTLE}
 
     return evaluate_seeds
 
 
-def write_video(env: HeuristicEnemySMAX, learner: Learner, deterministic: bool, key: Array, path: Path) -> None:
+def write_video(
+    env: HeuristicEnemySMAX, policy: DiffusionPolicy | GaussianPolicy, deterministic: bool, key: Array, path: Path
+) -> None:
     """A GIF of one battle, drawn by SMAX's own renderer."""
     import matplotlib
 
@@ -1001,7 +1016,7 @@ def write_video(env: HeuristicEnemySMAX, learner: Learner, deterministic: bool, 
 
     reset_key, key = jax.random.split(key)
     env_state, obs, _ = strongly_typed(reset(env, reset_key))
-    choose = jax.jit(lambda key, obs: act(learner, env, key, obs[None], deterministic)[0])
+    choose = jax.jit(lambda key, obs: act(policy, env, key, obs[None], deterministic)[0])
     play_step = jax.jit(partial(step, env))
     moves = []
     ended = False
@@ -1089,11 +1104,13 @@ def training_loop(
         tensors = {name: np.asarray(tensor) for name, tensor in named_arrays(filled).items()}
         check_transitions(tensors[".buffer"], progress.global_step, args.num_envs)
         check_finite(tensors.items(), progress.global_step)
+        save_team(run_dir, args, training.learner.average_policy)
         save_checkpoint(run_dir, args, replace(progress, seconds=seconds()), tensors)
 
     def log_evaluation(episodes: int) -> dict[str, np.ndarray]:
+        policies = training.learner.average_policy
         for mode in ("stochastic", "deterministic"):
-            played = evaluate_seeds(training.learner, episodes, mode == "deterministic", progress.global_step)
+            played = evaluate_seeds(policies, episodes, mode == "deterministic", progress.global_step)
             time_taken = round(seconds(), 1)
             for number in range(args.num_seeds):
                 mean, *others = (float(values[number].mean()) for values in played.values())
@@ -1141,7 +1158,7 @@ def training_loop(
     bar.close()
     writer.close()
     if args.capture_video:
-        first = jax.tree.map(lambda leaf: leaf[0], training.learner)
+        first = jax.tree.map(lambda leaf: leaf[0], training.learner.average_policy)
         write_video(env, first, True, jax.random.PRNGKey(args.seed), run_dir / "final.gif")
     result = {
         "run_dir": str(run_dir),
@@ -1212,6 +1229,7 @@ def check_args(args: Args) -> None:
         require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
     require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
     require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
+    require(args, "average_decay", 0 <= args.average_decay < 1, "a number from 0 to below 1")
     require(args, "init_temperature", 1e-6 <= args.init_temperature <= 1e6, "a number from 1e-6 to 1e6")
     entropies = "a number from -10 to below 0.69, the uniform policy's entropy"
     require(args, "target_entropy", -10 <= args.target_entropy < math.log(2), entropies)
@@ -1300,62 +1318,140 @@ def checksum(tensors: dict[str, np.ndarray], contents: str) -> str:
     return f"{crc:08x}"
 
 
-def save_checkpoint(run_dir: Path, args: Args, progress: Progress, tensors: dict[str, np.ndarray]) -> None:
-    """Write checkpoint.safetensors so that a kill at any moment, or a full disk, leaves a whole one, the old or the
-    new. Besides the tensors it holds everything else as JSON."""
-    contents = json.dumps({"script": SCRIPT, "args": run_arguments(args), "progress": asdict(progress)})
-    path = run_dir / "checkpoint.safetensors.tmp"
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, renamed to `path` in the end: a kill at any moment leaves a whole file, the old or the new.
+
+    So does a full disk, as a RunError.
+    """
+    unfinished = path.with_name(f"{path.name}.tmp")
     try:
-        save_file(tensors, path, {"json": contents, "crc32": checksum(tensors, contents)})
-        os.replace(path, run_dir / "checkpoint.safetensors")
-    except (OSError, SafetensorError) as error:
-        path.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({error}); the checkpoint before stays") from None
+        yield unfinished
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's own, at a full disk
+        unfinished.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path} ({error}); the one before stays") from None
+
+
+def write_file(path: Path, tensors: dict[str, np.ndarray], **contents: Any) -> None:
+    """Write tensors as safetensors, whole, everything else as JSON in its header."""
+    text = json.dumps({"script": SCRIPT, **contents})
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(safetensors.numpy.save(tensors, {"json": text, "crc32": checksum(tensors, text)}))
+
+
+def save_checkpoint(run_dir: Path, args: Args, progress: Progress, tensors: dict[str, np.ndarray]) -> None:
+    """Write checkpoint.safetensors, whole."""
+    contents = {"args": run_arguments(args), "progress": asdict(progress)}
+    write_file(run_dir / "checkpoint.safetensors", tensors, **contents)
+
+
+def save_team(run_dir: Path, args: Args, policies: Any) -> None:
+    """Write team.safetensors, whole: the policies [seeds, ...], and the arguments but for those about one machine."""
+    tensors = {name: np.asarray(tensor) for name, tensor in named_arrays(policies).items()}
+    of_a_machine = ("device", "exp_name", "wandb_project_name", "wandb_entity")
+    shared = {name: value for name, value in run_arguments(args).items() if name not in of_a_machine}
+    write_file(run_dir / "team.safetensors", tensors, args=shared)
+
+
+def read_team(flag: str, path: Path, args: Args, given: Collection[str], free: Collection[str]) -> tuple[Args, Any]:
+    """The arguments, see stored_arguments, and the policies [seeds, ...] of a team's file."""
+    if not path.is_file():
+        raise RunError(f"{flag}: there is no file {path}; choose a team.safetensors or a run folder")
+    tensors, contents = read_file(flag, path)
+    args = stored_arguments(flag, path, contents, args, given, free)
+    with damage_reported(flag, path):
+        num_agents, obs_size = tensors[".observation.weight"].shape[1:3]
+        policy_class = DiffusionPolicy if args.policy == "diffusion" else GaussianPolicy
+        create = partial(policy_class.create, args=args, num_agents=num_agents, obs_size=obs_size)
+        shapes = jax.eval_shape(jax.vmap(create), jax.random.split(jax.random.PRNGKey(0), args.num_seeds))
+        return args, filled(shapes, tensors)
+
+
+def load_team(path: str | Path, number: int = 0) -> tuple[DiffusionPolicy | GaussianPolicy, Args]:
+    """A trained team from its file, to be used from Python: policy.sample(key, obs) acts; see the policies' docstrings.
+
+    Returns the policies of the run's seed with this number and the arguments they were trained with. Raises RunError if
+    the file is not such a team's.
+    """
+    args, policies = read_team("load_team", Path(path), Args(), (), ())
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[number]), policies), args
+
+
+def filled(shapes: Any, tensors: dict[str, np.ndarray]) -> Any:
+    """A pytree of these shapes with the tensors in it. ValueError unless names, shapes and types are the same, or at a
+    NaN or infinite value."""
+    if tensors.keys() != named_arrays(shapes).keys():
+        raise ValueError("other names")
+
+    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        stored = tensors[jax.tree_util.keystr(path)]
+        if (stored.shape, stored.dtype) != (shape.shape, shape.dtype) or not np.isfinite(stored).all():
+            raise ValueError("another shape or type, or NaN")
+        return stored
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 @contextmanager
-def damage_reported(flag: str, run_dir: Path) -> Iterator[None]:
-    """Whatever a truncated, changed or foreign checkpoint raises becomes one sentence."""
+def damage_reported(flag: str, path: Path) -> Iterator[None]:
+    """Whatever a truncated, changed or foreign file raises becomes one sentence."""
     try:
         yield
     except RunError:
         raise
     except Exception as error:
-        reason = f"{run_dir / 'checkpoint.safetensors'} is damaged ({type(error).__name__}); choose another run folder"
-        raise RunError(f"{flag}: {reason}") from None
+        raise RunError(f"{flag}: {path} is damaged ({type(error).__name__}); choose another") from None
 
 
-def load_checkpoint(
-    flag: str, run_dir: Path, args: Args, given: Collection[str], free: Collection[str]
-) -> tuple[Args, dict]:
-    """A run's arguments and the contents of its checkpoint, among them its tensors. Loading executes no code.
+def stored_arguments(
+    flag: str, path: Path, contents: dict, args: Args, given: Collection[str], free: Collection[str]
+) -> Args:
+    """The arguments in what a file holds, its `script` and `args`, completed by ours; those in `free` may differ.
 
-    Raises RunError if the checkpoint is damaged or another script's, or if `args` ask for another run than the one it
-    holds: by arguments that are in `given` or differ from their defaults. Those in `free` may differ.
+    Raises RunError if the file is damaged or another script's, or if ours ask for another run than the one it is from:
+    by arguments that are in `given` or differ from their defaults.
     """
-    path = run_dir / "checkpoint.safetensors"
-    with damage_reported(flag, run_dir):
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if "crc32" in metadata and metadata["crc32"] != checksum(tensors, metadata["json"]):
-            raise ValueError("checksum")
-        checkpoint = json.loads(metadata["json"]) | {"tensors": tensors}
-        script, stored = checkpoint["script"], dict(checkpoint["args"])
-        stored = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    with damage_reported(flag, path):
+        script, stored = contents["script"], dict(contents["args"])
     if script != SCRIPT:
-        raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another run folder")
-    if stored.keys() != run_arguments(args).keys() or "crc32" not in metadata:
-        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another run folder")
-    with damage_reported(flag, run_dir):
+        raise RunError(f"{flag}: {path} belongs to {script}.py, not to {SCRIPT}.py; choose another")
+    if not stored.keys() <= run_arguments(args).keys():
+        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another")
+    with damage_reported(flag, path):
         if not all(fits(stored[item.name], item.type) for item in fields(args) if item.name in stored):
             raise TypeError("arguments")
     asked = {item.name for item in fields(args) if getattr(args, item.name) != item.default} | set(given)
     for name in (asked & stored.keys()) - set(free):
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"
         if ours != theirs:
-            raise RunError(f"{flag}: {run_dir} ran with {option} {theirs}, not {ours}; drop {option}")
-    return replace(args, **{name: value for name, value in stored.items() if name not in asked}), checkpoint
+            raise RunError(f"{flag}: {path} ran with {option} {theirs}, not {ours}; drop {option}")
+    return replace(args, **{name: value for name, value in stored.items() if name not in asked})
+
+
+def read_file(flag: str, path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The tensors of a file that write_file wrote, and its other contents. Loading executes no code."""
+    with damage_reported(flag, path):
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata["crc32"] != checksum(tensors, metadata["json"]):
+            raise ValueError("checksum")
+        contents = json.loads(metadata["json"])
+        stored = {name: tuple(v) if isinstance(v, list) else v for name, v in contents["args"].items()}
+        return tensors, contents | {"args": stored}
+
+
+def load_checkpoint(
+    flag: str, run_dir: Path, args: Args, given: Collection[str], free: Collection[str]
+) -> tuple[Args, dict]:
+    """A run's arguments, see stored_arguments, and the contents of its checkpoint, among them its tensors."""
+    path = run_dir / "checkpoint.safetensors"
+    tensors, checkpoint = read_file(flag, path)
+    run_args = stored_arguments(flag, path, checkpoint, args, given, free)
+    if len(checkpoint["args"]) < len(run_arguments(args)):
+        raise RunError(f"{flag}: {path} is from another version of {SCRIPT}.py; choose another")
+    return run_args, checkpoint | {"tensors": tensors}
 
 
 def read_progress(stored: dict) -> Progress:
@@ -1380,31 +1476,21 @@ def restore(
     arguments, or at a NaN or infinite value.
     """
     shapes = jax.eval_shape(jax.vmap(partial(begin, env, args)), np.zeros(args.num_seeds, np.uint32))
-    with damage_reported(flag, run_dir):
+    with damage_reported(flag, run_dir / "checkpoint.safetensors"):
         progress = read_progress(checkpoint["progress"])
         tensors = checkpoint["tensors"]
-        filled = tensors[".buffer"]
-        tensors[".buffer"] = np.zeros(shapes.buffer.shape, filled.dtype)
-        tensors[".buffer"][:, : progress.global_step] = filled
-        if tensors.keys() != named_arrays(shapes).keys():
-            raise ValueError("other names")
-
-        def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
-            stored = tensors[jax.tree_util.keystr(path)]
-            if (stored.shape, stored.dtype) != (shape.shape, shape.dtype) or not np.isfinite(stored).all():
-                raise ValueError("another shape or type, or NaN")
-            return stored
-
-        return jax.tree_util.tree_map_with_path(leaf, shapes), progress
+        rows = tensors[".buffer"]
+        tensors[".buffer"] = np.zeros(shapes.buffer.shape, rows.dtype)
+        tensors[".buffer"][:, : progress.global_step] = rows
+        return filled(shapes, tensors), progress
 
 
 def write_evaluations(run_dir: Path, rows: list[dict]) -> None:
     """Write evaluations.csv, whole."""
-    with open(run_dir / "evaluations.csv.tmp", "w", newline="") as file:
+    with whole_file(run_dir / "evaluations.csv") as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(run_dir / "evaluations.csv.tmp", run_dir / "evaluations.csv")
 
 
 def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
@@ -1429,27 +1515,27 @@ def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
 
 
 def play(args: Args, given: Collection[str] = ()) -> None:
-    """--evaluate: play a run's policies and print their returns."""
-    run_dir = existing_run("--evaluate", args.evaluate)
-    free = ("seed", "final_eval_episodes", "device")
-    args, checkpoint = load_checkpoint("--evaluate", run_dir, args, given, free)
+    """--evaluate: play the policies of a run or of a team's file, and print their returns."""
+    path = Path(args.evaluate)
+    if path.suffix != ".safetensors":
+        path = existing_run("--evaluate", args.evaluate) / "team.safetensors"
+    args, policies = read_team("--evaluate", path, args, given, free=("seed", "final_eval_episodes"))
     check_args(args)
     env = make_env(args)
     with jax.default_device(choose_devices(args.device)[0]):
-        training, _ = restore("--evaluate", run_dir, checkpoint, env, args)
-        learner = jax.device_put(training.learner, sharding_of_seeds(args))
+        policies = jax.device_put(policies, sharding_of_seeds(args))
         evaluate_seeds = evaluator(env, args)
         for mode in ("stochastic", "deterministic"):
             deterministic = mode == "deterministic"
-            all_played = evaluate_seeds(learner, args.final_eval_episodes, deterministic, args.seed)
+            all_played = evaluate_seeds(policies, args.final_eval_episodes, deterministic, args.seed)
             for number, played in enumerate(zip(*all_played.values())):
                 returns, wins, lengths, dead = played
                 spread = f"return {returns.mean():.2f} +- {returns.std():.2f} (std) over {len(returns)} battles"
                 others = f"win rate {wins.mean():.2f}  length {lengths.mean():.0f}  dead {dead.mean():.1f}"
                 print(f"{mode:13s} {spread}  {others}")
                 if args.capture_video:
-                    video = run_dir / f"{mode}{number or ''}.gif"
-                    one = jax.tree.map(lambda leaf, n=number: leaf[n], learner)
+                    video = path.with_name(f"{path.stem}_{mode}{number or ''}.gif")
+                    one = jax.tree.map(lambda leaf, n=number: leaf[n], policies)
                     write_video(env, one, deterministic, jax.random.PRNGKey(args.seed), video)
                     print(f"{'':13s} video {video}")
 

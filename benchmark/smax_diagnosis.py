@@ -134,7 +134,9 @@ def critics(run_dir: Path) -> None:
     env = smax.make_env(args)
     training, _ = smax.restore("RUN_DIR", run_dir, checkpoint, env, args)
     learner = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), training.learner)
-    (obs, state), actions, after, playing = play_all(env, lambda key, obs: smax.act(learner, env, key, obs[None])[0])
+    (obs, state), actions, after, playing = play_all(
+        env, lambda key, obs: smax.act(learner.average_policy, env, key, obs[None])[0]
+    )
 
     # The returns that came of it, bootstrapped with 0 at the time limit, whose battles are left out.
     playing = playing & (after.terminated & playing).any(1, keepdims=True)

@@ -102,6 +102,24 @@ def test_target_critic_follows_slowly():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_average_of_the_weights(policy):
+    """It equals one made by hand, and what is learned does not depend on it."""
+    learned = []
+    for decay in (0.0, 0.75):
+        torch.manual_seed(0)
+        learner = make_learner(policy, average_decay=decay)
+        average = [weights.clone() for weights in learner.policy.parameters()]
+        for _ in range(3):
+            ddpl_mpe.update(learner, make_batch(learner))
+            average = [decay * old + (1 - decay) * new for old, new in zip(average, learner.policy.parameters())]
+        for ours, by_hand in zip(learner.average_policy.parameters(), average, strict=True):
+            torch.testing.assert_close(ours, by_hand)
+        learned.append(list(learner.policy.parameters()))
+    assert all(map(torch.equal, *learned))
+    assert not any(map(torch.equal, learner.average_policy.parameters(), learner.policy.parameters()))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_padding_never_leaks(policy):
     """Garbage in every weight that belongs to a padded action changes no metric and no real action."""
     mask, outcomes = torch.tensor([[1.0, 1, 1], [1, 0, 0]]), []

@@ -149,7 +149,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(script, failure, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
     message = error_of(script, **SCRIPTS[script])
-    assert "cannot write" in message and "the checkpoint before stays" in message
+    assert "cannot write" in message and "the one before stays" in message
     (run_dir,) = Path("runs").iterdir()
     assert global_step(run_dir / "checkpoint.pt") == 0 and not (run_dir / "checkpoint.pt.tmp").exists()
 
@@ -276,10 +276,11 @@ def test_one_flipped_bit_is_noticed(script, finished, no_training, tmp_path):
     contents[contents.index(largest) + len(largest) // 2] ^= 1
     (tmp_path / "checkpoint.pt").write_bytes(contents)
     assert "damaged" in error_of(script, resume=str(tmp_path))
-    assert "damaged" in error_of(script, evaluate=str(tmp_path))
+    if not hasattr(script, "save_team"):  # else --evaluate reads the team's file: tests/test_teams.py
+        assert "damaged" in error_of(script, evaluate=str(tmp_path))
 
 
-@every_script
+@pytest.mark.parametrize("script", [qvpo, bang_bang], ids=lambda script: script.__name__)
 def test_weights_that_are_nan_are_not_played(script, finished, tmp_path):
     contents = torch.load(finished[script] / "checkpoint.pt", weights_only=True)
     next(iter(contents["learner"].values())).fill_(math.nan)

@@ -45,13 +45,24 @@ def test_resuming_a_finished_run_repeats_its_result(finished):
     assert len(evaluations(finished)) == 8
 
 
+def test_the_team_of_a_run_plays_its_last_evaluation_again(finished):
+    """Its averaged weights, alone, give the numbers of the result."""
+    policy, args = ddpl_mpe.load_team(finished / "team.safetensors")
+    result = json.loads((finished / "result.json").read_text())
+    again = ddpl_mpe.evaluate(policy, args, len(result["episodic_returns"]), True, result["global_step"])
+    assert again.tolist() == result["episodic_returns"]
+    learned = torch.load(finished / "checkpoint.pt", weights_only=True)["learner"]
+    assert torch.equal(policy.hidden.weight, learned["average_policy.hidden.weight"])
+    assert not torch.equal(policy.hidden.weight, learned["policy.hidden.weight"])
+
+
 def test_evaluate_prints_returns_and_films(finished):
     flags = [*command(ddpl_mpe, evaluate=finished, final_eval_episodes=5, seed=7), "--capture-video"]
     done = subprocess.run(flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "stochastic" in done.stdout and "deterministic" in done.stdout and "5 episodes" in done.stdout
     for mode in ("stochastic", "deterministic"):
-        assert (finished / f"{mode}.gif").read_bytes()[:3] == b"GIF"
+        assert (finished / f"team_{mode}.gif").read_bytes()[:3] == b"GIF"
 
 
 # ---- bad input

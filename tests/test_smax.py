@@ -95,7 +95,9 @@ def learners(policy="diffusion"):
     for name in ("policy", "critic", "target_critic", "local_critic"):
         if getattr(ours, name) is not None:
             arrays = smax.named_arrays(getattr(ours, name)).items()
-            getattr(theirs, name).load_state_dict({key[1:]: torch.tensor(np.asarray(x)) for key, x in arrays})
+            weights = {key[1:]: torch.tensor(np.asarray(x)) for key, x in arrays}
+            assert set(weights) == {key for key, _ in getattr(theirs, name).named_parameters()}
+            getattr(theirs, name).load_state_dict(weights, strict=False)  # PyTorch's policies have a mask besides
     theirs.log_temperature.data = torch.tensor(np.asarray(ours.log_temperature))
     return args, ours, theirs
 
@@ -305,7 +307,7 @@ def test_the_living_are_those_with_health():
     obs = look(env_state.replace(state=state))
     assert smax.living(env, obs).tolist() == [1, 0, 1] and (obs[1] == 0).all()
     learner = learners()[1]._replace(policy=smax.DiffusionPolicy.create(jax.random.PRNGKey(0), Args(), N, obs.shape[1]))
-    actions = smax.act(learner, env, jax.random.PRNGKey(0), obs[None])
+    actions = smax.act(learner.policy, env, jax.random.PRNGKey(0), obs[None])
     assert (actions[0, 1] == 0).all() and (actions[0, [0, 2]] != 0).all()
 
 
@@ -485,7 +487,8 @@ def test_train_returns_and_files(two_seeds):
     assert [(int(r["global_step"]), r["mode"], int(r["seed"])) for r in rows] == expected
     assert all(0 <= float(r["win_rate"]) <= 1 for r in rows)
     assert all(float(r["episode_length"]) < 101 for r in rows)  # the untrained lose before the time limit
-    assert rows[-4]["return_mean"] != rows[-2]["return_mean"]  # the same seed, stochastic and deterministic
+    stochastic, deterministic = ([row | {"mode": ""} for row in pair] for pair in (rows[-4:-2], rows[-2:]))
+    assert stochastic != deterministic  # the same seeds
     returns = [float(r["return_mean"]) for r in rows[-2:]]  # the deterministic ones, seed by seed
     assert returns == pytest.approx(np.reshape(two_seeds["episodic_returns"], (2, 3)).mean(1))
     events = EventAccumulator(str(run_dir))
@@ -507,7 +510,7 @@ def test_a_step_stores_what_happened(step_of_3m):
     new, metrics = jax.tree.map(lambda leaf: leaf[0], chunk(seeds, 3))
 
     _, act_key, step_key, _ = jax.random.split(training.key, 4)
-    actions = jax.jit(lambda learner, obs: smax.act(learner, env, act_key, obs))(training.learner, training.obs)
+    actions = jax.jit(lambda learner, obs: smax.act(learner.policy, env, act_key, obs))(training.learner, training.obs)
     battles = (jax.tree.map(lambda leaf, n=n: leaf[n], (training.env_state, actions)) for n in range(8))
     steps = [step_of_3m(key, *battle)[0] for key, battle in zip(jax.random.split(step_key, 8), battles, strict=True)]
     after = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
@@ -524,9 +527,9 @@ def test_a_step_stores_what_happened(step_of_3m):
 def test_evaluation_plays_to_the_time_limit():
     args = Args(**ONE_STEP)
     env = make_env(args)
-    learner = smax.begin_seeds(env, args).learner
+    policies = smax.begin_seeds(env, args).learner.average_policy
     env._env.max_steps = 4  # hence the fifth
-    assert smax.evaluator(env, args)(learner, 2, False, 0)["episode_length"].tolist() == [[5, 5]]
+    assert smax.evaluator(env, args)(policies, 2, False, 0)["episode_length"].tolist() == [[5, 5]]
 
 
 def after_four_updates(first_seed, num_seeds, **options):
@@ -652,14 +655,16 @@ def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
             drawn.extend(action for *_, actions in self.state_seq for action in actions.values())
             super().expand_state_seq()
 
-    def film_last(env, learner, deterministic, key, path):
+    def film_last(env, policy, deterministic, key, path):
         films.append(path.name)
-        assert path.name.startswith("deterministic" if deterministic else "stochastic")
+        assert path.name.startswith("team_deterministic" if deterministic else "team_stochastic")
         seed = int(path.stem.endswith("1"))
-        np.testing.assert_array_equal(learner.log_temperature, checkpoint[".learner.log_temperature"][seed])
-        if films[-1] == "deterministic1.gif":
+        average = checkpoint[".learner.average_policy.velocity.weight"][seed]
+        np.testing.assert_array_equal(policy.velocity.weight, average)
+        assert (average != checkpoint[".learner.policy.velocity.weight"][seed]).any()
+        if films[-1] == "team_deterministic1.gif":
             env._env.max_steps = 1  # drawing is slow
-            film(env, learner, deterministic, key, path)
+            film(env, policy, deterministic, key, path)
 
     monkeypatch.setattr("jaxmarl.viz.visualizer.SMAXVisualizer", Spy)
     monkeypatch.setattr(smax, "write_video", film_last)
@@ -673,7 +678,7 @@ def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
         )
         assert line.startswith(row["mode"]) and all(number in line for number in numbers)
         assert f"length {float(row['episode_length']):.0f}  dead {float(row['dead_allies']):.1f}" in line
-    assert films == ["stochastic.gif", "stochastic1.gif", "deterministic.gif", "deterministic1.gif"]
+    assert films == ["team_stochastic.gif", "team_stochastic1.gif", "team_deterministic.gif", "team_deterministic1.gif"]
     assert (Path(two_seeds["run_dir"]) / films[-1]).stat().st_size > 10_000
     assert drawn and all(0 <= action.min() and action.max() <= 1 for action in drawn)  # as the package takes them
 
@@ -750,15 +755,14 @@ def rewritten(run_dir, change):
     save_file(tensors, "checkpoint.safetensors", {name: value for name, value in metadata.items() if value})
 
 
-@pytest.mark.parametrize("flag", ["resume", "evaluate"])
 @pytest.mark.parametrize("where", ["tensor", "json"])
-def test_a_flipped_byte_is_refused(two_seeds, flag, where):
-    path = Path(two_seeds["run_dir"]) / "checkpoint.safetensors"
-    content = bytearray(path.read_bytes())
-    place = len(content) - 100 if where == "tensor" else content.index(b"seconds") + len("seconds") + 6
-    content[place] ^= 1
-    Path("checkpoint.safetensors").write_bytes(content)
-    assert "is damaged (ValueError)" in error_of(smax, **{flag: "."})
+def test_a_flipped_byte_is_refused(two_seeds, where):
+    for flag, file in (("resume", "checkpoint.safetensors"), ("evaluate", "team.safetensors")):
+        content = bytearray((Path(two_seeds["run_dir"]) / file).read_bytes())
+        place = len(content) - 100 if where == "tensor" else content.index(b"gamma") + len("gamma") + 6
+        content[place] ^= 1
+        Path(file).write_bytes(content)
+        assert f"{file} is damaged (ValueError)" in error_of(smax, **{flag: "."})
 
 
 def nan_weight(tensors, _):
@@ -813,13 +817,52 @@ def traced_once():
         yield
 
 
-@pytest.mark.parametrize("flag", ["resume", "evaluate"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_parts_of_a_checkpoint(two_seeds, traced_once, damage, flag):
+def test_damaged_parts_of_a_checkpoint(two_seeds, traced_once, damage):
     rewritten(two_seeds["run_dir"], DAMAGES[damage])
     before = Path("checkpoint.safetensors").read_bytes()
-    assert "checkpoint.safetensors is damaged" in error_of(smax, **{flag: "."})
+    assert "checkpoint.safetensors is damaged" in error_of(smax, resume=".")
     assert Path("checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_team_of_a_run(two_seeds):
+    """The file of the policies alone: its policies act as the run's, and a damaged one is told."""
+    run_dir = Path(two_seeds["run_dir"])
+    checkpoint = load_file(run_dir / "checkpoint.safetensors")
+    for number in (0, 1):
+        policy, args = smax.load_team(run_dir / "team.safetensors", number)
+        for name, weights in smax.named_arrays(policy).items():
+            np.testing.assert_array_equal(weights, checkpoint[f".learner.average_policy{name}"][number])
+    assert args == replace(Args(**SMALL, num_seeds=2), device=args.device)
+    obs = jax.random.uniform(jax.random.PRNGKey(0), (2, len(policy.time), B, policy.observation.weight.shape[1]))
+    actions = [policy.sample(jax.random.PRNGKey(1), one) for one in (obs[0], obs[0].at[1].set(obs[1][1]))]
+    assert (actions[0][0] == actions[1][0]).all() and (actions[0][1] != actions[1][1]).any()  # decentralised
+    tensors, others = smax.read_file("load_team", run_dir / "team.safetensors")
+    name = next(iter(tensors))
+    damages = {
+        "NaN": (tensors | {name: tensors[name] * np.nan}, others["args"]),
+        "a size": (tensors | {name: tensors[name][..., :1]}, others["args"]),
+        "a name": ({more: tensor for more, tensor in tensors.items() if more != name}, others["args"]),
+        "a type": (tensors, others["args"] | {"gamma": "high"}),
+    }
+    for damaged, stored in damages.values():
+        smax.write_file(Path("team.safetensors"), damaged, args=stored)
+        assert "team.safetensors is damaged" in error_of(smax, evaluate="team.safetensors")
+    smax.write_file(Path("team.safetensors"), tensors, args=others["args"] | {"colour": "red"})
+    assert "is from another version" in error_of(smax, evaluate="team.safetensors")
+    assert "there is no file" in error_of(smax, evaluate="none.safetensors")
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_average_of_the_weights(policy):
+    """It equals one made by hand."""
+    args, learner, _ = learners(policy)
+    args = replace(args, average_decay=0.75)
+    learner = learner._replace(average_policy=jax.tree.map(lambda weights: weights + 1, learner.policy))
+    batch, _ = batches()
+    after, _ = smax.update(learner, batch, jnp.ones((N, B)), jnp.ones((N, B)), args, jax.random.PRNGKey(1))
+    by_hand = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, learner.average_policy, after.policy)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after.average_policy, by_hand)
 
 
 def test_checkpoints_of_another_script_or_version(two_seeds):
@@ -828,7 +871,7 @@ def test_checkpoints_of_another_script_or_version(two_seeds):
     rewritten(two_seeds["run_dir"], lambda tensors, others: others["args"].pop("device") and None)
     assert "is from another version of ddpl_smax_jax.py" in error_of(smax, resume=".")
     rewritten(two_seeds["run_dir"], lambda tensors, others: {"crc32": ""})
-    assert "is from another version of ddpl_smax_jax.py" in error_of(smax, resume=".")
+    assert "is damaged" in error_of(smax, resume=".")
 
 
 @pytest.mark.parametrize("where", ["writing", "renaming"])
@@ -847,7 +890,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(where, monkeypatch):
     else:
         monkeypatch.setattr(os, "replace", full)
     try:
-        with pytest.raises(smax.RunError, match="cannot write checkpoint.safetensors.tmp .*; the checkpoint before"):
+        with pytest.raises(smax.RunError, match="cannot write checkpoint.safetensors .*; the one before"):
             smax.save_checkpoint(run_dir, args, smax.Progress(), {"large": np.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -908,7 +951,9 @@ def test_learning_beats_the_random_team():
     small |= dict(denoising_steps=5, eval_episodes=128, final_eval_episodes=128)
     args = Args(total_timesteps=8_000, learning_starts=0, log_interval=1_600, **small)
     env = make_env(args)
-    before = smax.evaluator(env, args)(smax.begin_seeds(env, args).learner, 128, False, 0)["returns"].mean()
+    before = smax.evaluator(env, args)(smax.begin_seeds(env, args).learner.average_policy, 128, False, 0)[
+        "returns"
+    ].mean()
     result = train(args)
     rows = list(csv.DictReader(open(Path(result["run_dir"]) / "evaluations.csv")))
     assert [float(row["return_mean"]) for row in rows if row["mode"] == "stochastic"][-1] > before + 0.1

@@ -1,0 +1,253 @@
+"""Run the experiments of experiments.toml, collect their numbers in benchmark/results/, make its tables and plots.
+
+    pip install -r requirements-benchmark.txt
+    python benchmark/run.py                          # all that is missing, in the order of the list
+    python benchmark/run.py mpe mamujoco/Hopper_3x1  # a benchmark, a task
+    python benchmark/run.py --dry-run                # what there is to do
+    python benchmark/run.py --address auto           # on the Ray cluster that this machine belongs to
+
+A run that is done is skipped, one that was killed goes on from its checkpoint, and one whose worker dies is tried again
+from there. As many run at a time as there are cores, one thread each. On a cluster, every machine needs this folder
+under the same path (a shared file system) and the same Python environment.
+
+A run works in runs/benchmark/<benchmark>/<task>/<arm>_<seed>/: output.txt is what it printed, origin.json where its
+numbers come from. Where the list has changed its command since, the old folder is set aside, not overwritten.
+"""
+
+import importlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from csv import DictReader
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import ray
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+PACKAGES = ("torch", "numpy", "gymnasium", "mpe2", "gymnasium-robotics", "mujoco", "jax", "jaxmarl")
+
+
+@dataclass
+class Args:
+    """Run the experiments of a list that are not done yet, then collect, tabulate and plot their results."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Benchmarks or tasks, such as mpe or mpe/simple_spread_v3_N3; all if none is named."""
+    list: Path = ROOT / "benchmark" / "experiments.toml"
+    """The list of experiments."""
+    runs: Path = Path("runs/benchmark")
+    """Where the runs work."""
+    results: Path = RESULTS
+    """Where their numbers are collected."""
+    address: str | None = None
+    """Address of a Ray cluster; without one, this machine alone."""
+    retries: int = 3
+    """How often a run whose worker has died is tried again."""
+    dry_run: bool = False
+    """Only say what is done and what is missing."""
+
+
+class ListError(Exception):
+    """Something wrong with the list or the names, told to the user in one sentence."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: an arm of an experiment with a seed."""
+
+    task: str  # <benchmark>/<task>, its folder in the results
+    arm: str
+    seed: int
+    script: str
+    flags: tuple[str, ...]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.arm}_{self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        return [self.script, *self.flags, "--seed", str(self.seed)]
+
+    def run_dir(self, file: str) -> Path | None:
+        """The script's own run folder in here that holds such a file, if there is one."""
+        found = sorted(self.folder.glob(f"runs/*/{file}"))
+        return found[-1].parent if found else None
+
+    @property
+    def done(self) -> bool:
+        return self.recorded_command == self.command and self.run_dir("result.json") is not None
+
+    @property
+    def recorded_command(self) -> list[str] | None:
+        origin = self.folder / "origin.json"
+        return json.loads(origin.read_text())["command"] if origin.is_file() else None
+
+    def progress(self) -> tuple[float, float]:
+        """Environment steps and seconds at the last evaluation."""
+        run_dir = self.run_dir("evaluations.csv")
+        rows = list(DictReader(open(run_dir / "evaluations.csv"))) if run_dir else []
+        return (float(rows[-1]["global_step"]), float(rows[-1]["seconds"])) if rows else (0.0, 0.0)
+
+
+def read_list(path: Path, runs: Path, names: Sequence[str] = ()) -> list[Run]:
+    """The runs of a list, in its order, all seeds of an experiment before the next.
+
+    Raises ListError, naming the choices, for a name that is not in it, and for an entry that is not as it should be.
+    """
+    try:
+        entries = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ListError(f"--list: cannot read {path} ({error})") from None
+    benchmarks = sorted({task.split("/")[0] for task in entries})
+    for name in names:
+        if name not in entries and name not in benchmarks:
+            raise ListError(f"there is no experiment {name!r}; choose from {', '.join([*benchmarks, *entries])}")
+    found = []
+    for task, entry in entries.items():
+        whole = set(entry) == {"script", "flags", "seeds", "arms"} and "--total-timesteps" in entry["flags"]
+        if not whole or task.count("/") != 1:
+            needed = "script, flags with --total-timesteps, seeds and arms"
+            raise ListError(f"--list: {task!r} must be <benchmark>/<task>, with {needed}")
+        if names and task not in names and task.split("/")[0] not in names:
+            continue
+        for seed, (arm, flags) in product(entry["seeds"], entry["arms"].items()):
+            words = (*shlex.split(entry["flags"]), *shlex.split(flags))
+            found.append(Run(task, arm, seed, entry["script"], words, runs.absolute() / task / f"{arm}_{seed}"))
+    return found
+
+
+def origin(run: Run) -> dict:
+    """Where a run's numbers come from."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "command": run.command,
+        "commit": commit.stdout.strip() or "unknown",
+        "processor": models[0] if models else platform.processor(),
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in PACKAGES},
+    }
+
+
+@ray.remote(num_cpus=1, max_calls=1)  # a process of its own for every run
+def train(run: Run) -> None:
+    """Train in this worker's own process, so that both end together; from a checkpoint, if there is one."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if run.folder.exists() and run.recorded_command != run.command:
+        run.folder.rename(run.folder.with_name(f"{run.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if run.recorded_command is None:
+        unfinished = run.folder / "origin.json.tmp"
+        unfinished.write_text(json.dumps(origin(run), indent=2))
+        os.replace(unfinished, run.folder / "origin.json")
+    os.chdir(run.folder)
+    sys.path.insert(0, str(ROOT))
+    script = importlib.import_module(Path(run.script).stem)
+    stopped = run.run_dir("checkpoint.*")
+    sys.argv = [run.script, *(("--resume", str(stopped)) if stopped else run.command[1:])]
+    with open("output.txt", "a") as output, redirect_stdout(output), redirect_stderr(output):
+        try:
+            script.main(*script.read_command_line())
+        except SystemExit as ended:
+            raise RuntimeError(f"{run.name}: {ended}") from None
+
+
+def time_left(missing: Sequence[Run], running: int) -> str:
+    """An estimate from the speeds of the runs of this list so far, as `1:23:45`, or `?` before the first evaluation."""
+    budgets = {run: float(run.flags[run.flags.index("--total-timesteps") + 1]) for run in missing}
+    progress = {run: run.progress() for run in missing}
+    paces = [seconds / steps for steps, seconds in progress.values() if steps]
+    if not paces:
+        return "?"
+    pace_of_others = sum(paces) / len(paces)
+    left = 0.0
+    for run, (steps, seconds) in progress.items():
+        left += (budgets[run] - steps) * (seconds / steps if steps else pace_of_others)
+    return str(timedelta(seconds=round(left / max(running, 1))))
+
+
+def run_all(missing: Sequence[Run], retries: int) -> list[str]:
+    """Train all of them; returns a line for each that has failed."""
+    waiting = {train.options(max_retries=retries).remote(run): run for run in missing}
+    slots = int(ray.cluster_resources()["CPU"])
+    failures = []
+    with tqdm(total=len(missing), unit="run") as bar:
+        while waiting:
+            finished, _ = ray.wait([*waiting], timeout=5)
+            for reference in finished:
+                run = waiting.pop(reference)
+                try:
+                    ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    failures.append(f"{run.name}: {str(error).strip().splitlines()[-1]}; see {run.folder}/output.txt")
+                bar.update()
+            bar.set_postfix_str(f"about {time_left([*waiting.values()], min(slots, len(waiting)))} left")
+    return failures
+
+
+def collected(run: Run, results: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a run's results, and what is in them: for each seed that it trained, its rows of evaluations.csv."""
+    header, *rows = (run.run_dir("result.json") / "evaluations.csv").read_text().splitlines()
+    column = header.split(",").index("seed") if "seed" in header.split(",") else None
+    seeds = dict.fromkeys(row.split(",")[column] for row in rows) if column is not None else [str(run.seed)]
+    for seed in seeds:
+        of_seed = [row for row in rows if column is None or row.split(",")[column] == seed]
+        yield results / run.task / f"{run.arm}_{seed}.csv", "\n".join([header, *of_seed, ""])
+
+
+def collect(runs: Sequence[Run], results: Path) -> None:
+    """Copy the results of runs that are done, with their origins, all of a task in one origins.json."""
+    for run in runs:
+        for path, text in collected(run, results):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        path = results / run.task / "origins.json"
+        origins = json.loads(path.read_text()) if path.exists() else {}
+        origins[f"{run.arm}_{run.seed}"] = json.loads((run.folder / "origin.json").read_text())
+        path.write_text(json.dumps(dict(sorted(origins.items())), indent=1) + "\n")
+
+
+def main(args: Args) -> None:
+    runs = read_list(args.list, args.runs, args.names)
+    missing = [run for run in runs if not run.done]
+    print(f"{len(runs) - len(missing)} runs are done, {len(missing)} missing")
+    if args.dry_run:
+        for run in missing:
+            print(run.name, " python", shlex.join(run.command))
+        return
+    failures = []
+    if missing:
+        ray.init(address=args.address, log_to_driver=False, logging_level="warning")
+        failures = run_all(missing, args.retries)
+        ray.shutdown()
+    collect([run for run in runs if run.done], args.results)
+    if args.results == RESULTS:
+        from results import report
+
+        report()
+    if failures:
+        raise SystemExit("\n".join(["these runs failed:", *failures]))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ListError as error:
+        raise SystemExit(f"run.py: error: {error}") from None

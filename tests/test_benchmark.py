@@ -1,0 +1,163 @@
+"""benchmark/run.py: what it runs, skips, resumes and collects; workers and machines that die."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import evaluations
+
+ray = pytest.importorskip("ray", reason="needs pip install -r requirements-benchmark.txt")
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from benchmark import run as benchmark_run  # noqa: E402
+
+SCRIPT = benchmark_run.__file__
+FLAGS = (
+    "--total-timesteps 1600 --learning-starts 100 --eval-interval 200 --eval-episodes 2 --final-eval-episodes 2"
+    " --checkpoint-interval 200 --critic-hidden 16 --actor-hidden 8 --no-compile"
+)
+LIST = f"""
+["mpe/simple_spread_v3_N3"]
+script = "ddpl_mpe.py"
+flags = "{FLAGS}"
+seeds = [1, 2]
+arms.diffusion = "--policy diffusion"
+arms.gaussian = "--policy gaussian --actor-lr 0.001"
+
+["mpe/simple_reference_v3"]
+script = "ddpl_mpe.py"
+flags = "--env-id simple_reference_v3 {FLAGS}"
+seeds = [3]
+arms.gaussian = "--policy gaussian"
+"""
+SPREAD, REFERENCE = "mpe/simple_spread_v3_N3", "mpe/simple_reference_v3"
+
+
+@pytest.fixture(autouse=True)
+def experiments(tmp_path):
+    (tmp_path / "list.toml").write_text(LIST)
+
+
+def start(*words):
+    command = [sys.executable, SCRIPT, *words, "--list", "list.toml", "--results", "results"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def kill_in_the_middle(folder, after=400):
+    """SIGKILL whatever trains in this folder, once it has a checkpoint of some step; returns that step."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        for checkpoint in Path(folder).glob("runs/*/checkpoint.pt"):
+            step = torch.load(checkpoint, weights_only=True)["progress"]["global_step"]
+            if step >= after:
+                owner = int(re.search(r"process (\d+)", (checkpoint.parent / "lock").read_text())[1])
+                os.kill(owner, signal.SIGKILL)
+                assert not (checkpoint.parent / "result.json").exists()
+                return step
+    pytest.fail(f"no checkpoint in {folder}")
+
+
+def check_results(task, names):
+    folder = Path("results") / task
+    assert {path.stem for path in folder.glob("*.csv")} == names
+    for name in names:
+        rows = list(csv.DictReader(open(folder / f"{name}.csv")))
+        assert [int(row["global_step"]) for row in rows[::2]] == list(range(200, 1601, 200))
+    origins = json.loads((folder / "origins.json").read_text())
+    assert set(origins) == names
+    for origin in origins.values():
+        assert origin["command"][0] == "ddpl_mpe.py" and origin["packages"]["torch"].startswith("2.")
+        assert origin["commit"] and origin["processor"] and origin["python"]
+
+
+def test_a_list_is_run_resumed_and_collected():
+    """A worker killed in the middle: tried again from its checkpoint, with the numbers of a run never killed."""
+    process = start(SPREAD)
+    kill_in_the_middle(f"runs/benchmark/{SPREAD}/diffusion_1")
+    printed = finish(process)
+    assert "0 runs are done, 4 missing" in printed and "left" in printed
+    check_results(SPREAD, {"diffusion_1", "diffusion_2", "gaussian_1", "gaussian_2"})
+
+    words = "--policy diffusion --seed 1 --exp-name whole " + FLAGS
+    subprocess.run([sys.executable, benchmark_run.ROOT / "ddpl_mpe.py", *words.split()], check=True, stderr=-3)
+    (whole,) = Path("runs").glob("whole__*")
+    (killed,) = Path(f"runs/benchmark/{SPREAD}/diffusion_1").glob("runs/*")
+    assert evaluations(killed) == evaluations(whole)
+
+    # What is done is skipped. Another command than the recorded one: a new run, and the old folder set aside.
+    assert "4 runs are done, 1 missing" in finish(start("--dry-run"))
+    Path("list.toml").write_text(LIST.replace("--actor-lr 0.001", "--actor-lr 0.002"))
+    dry = finish(start("--dry-run", SPREAD))
+    assert "2 runs are done, 2 missing" in dry and "gaussian_1  python ddpl_mpe.py" in dry
+    finish(start(SPREAD))
+    assert len(list(Path(f"runs/benchmark/{SPREAD}").glob("gaussian_1.*"))) == 1
+    origins = json.loads(Path(f"results/{SPREAD}/origins.json").read_text())
+    assert "0.002" in origins["gaussian_1"]["command"]
+
+
+def test_two_machines_one_of_which_dies(monkeypatch):
+    """The runs of the machine that is lost go on, from their checkpoints, on the one that is left."""
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        cluster.add_node(num_cpus=1)
+        second = cluster.add_node(num_cpus=1)
+        process = start("mpe", "--address", cluster.address)
+        kill_in_the_middle(f"runs/benchmark/{SPREAD}/gaussian_1")
+        cluster.remove_node(second, allow_graceful=False)
+        finish(process)
+    finally:
+        cluster.shutdown()
+    check_results(SPREAD, {"diffusion_1", "diffusion_2", "gaussian_1", "gaussian_2"})
+    check_results(REFERENCE, {"gaussian_3"})
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on():
+    Path("list.toml").write_text(LIST.replace("--policy gaussian --actor-lr 0.001", "--policy beta"))
+    process = start(SPREAD)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 1 and "these runs failed" in printed and f"{SPREAD}/gaussian_2" in printed
+    check_results(SPREAD, {"diffusion_1", "diffusion_2"})
+
+
+@pytest.mark.parametrize(
+    "words, entries, sentence",
+    [
+        (["smax"], LIST, "there is no experiment 'smax'; choose from mpe, mpe/simple_spread_v3_N3"),
+        ([], "a = ", "--list: cannot read list.toml"),
+        ([], '["a/b"]\nscript = "x.py"', "--list: 'a/b' must be <benchmark>/<task>, with script, flags"),
+    ],
+)
+def test_wrong_lists_and_names(words, entries, sentence):
+    Path("list.toml").write_text(entries)
+    printed, _ = (process := start(*words, "--dry-run")).communicate(timeout=60)
+    assert process.returncode == 1 and sentence in printed and "Traceback" not in printed
+
+
+def test_the_projects_own_list():
+    runs = benchmark_run.read_list(benchmark_run.ROOT / "benchmark" / "experiments.toml", Path("runs"))
+    assert len({run.folder for run in runs}) == len(runs)
+    for run in runs:
+        script = __import__(Path(run.script).stem)
+        argv, sys.argv = sys.argv, run.command
+        try:
+            args, _ = script.read_command_line()
+        finally:
+            sys.argv = argv
+        script.check_args(args)
+        assert args.seed == run.seed
