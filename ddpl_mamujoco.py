@@ -94,6 +94,8 @@ class Algorithm:
 
     policy: Literal["diffusion", "gaussian"] = "diffusion"
     """The policy class: DDPL's diffusion policy or the Gaussian baseline."""
+    shared_policy: bool = False
+    """One policy, and local critic, for all agents, where their observations and actions have one size."""
     buffer_size: int = 1_000_000
     """Transitions the replay buffer holds."""
     learning_starts: int = 5_000
@@ -320,14 +322,17 @@ def stacked_weight(stack: int, in_features: int, out_features: int) -> nn.Parame
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight + bias, with or without a leading stack. Compiled, the sum fuses with the activation that follows."""
+    """x @ weight + bias, with or without a leading stack. Compiled, the sum fuses with the activation that follows.
+
+    A stack of one serves all of x.
+    """
     if torch.compiler.is_compiling():
         return x @ weight + bias
-    return torch.addmm(bias, x, weight) if x.ndim == 2 else torch.baddbmm(bias, x, weight)
+    return torch.addmm(bias, x, weight) if x.ndim == 2 else torch.baddbmm(bias, x, weight.expand(len(x), -1, -1))
 
 
 class StackedLinear(nn.Module):
-    """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]."""
+    """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]. A stack of one serves any S."""
 
     def __init__(self, stack: int, in_features: int, out_features: int):
         super().__init__()
@@ -339,15 +344,15 @@ class StackedLinear(nn.Module):
 
 
 class DiffusionPolicy(nn.Module):
-    """N denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent."""
+    """Denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent or one for all."""
 
-    def __init__(self, num_agents: int, obs_size: int, action_size: int, hidden: int, num_steps: int, mask: Tensor):
+    def __init__(self, stack: int, obs_size: int, action_size: int, hidden: int, num_steps: int, mask: Tensor):
         super().__init__()
-        self.observation = StackedLinear(num_agents, obs_size, hidden)
-        self.time = nn.Parameter(0.3 * torch.randn(num_agents, num_steps + 1, hidden))
-        self.noisy_action = stacked_weight(num_agents, action_size, hidden)
-        self.hidden = StackedLinear(num_agents, hidden, hidden)
-        self.velocity = StackedLinear(num_agents, hidden, action_size)
+        self.observation = StackedLinear(stack, obs_size, hidden)
+        self.time = nn.Parameter(0.3 * torch.randn(stack, num_steps + 1, hidden))
+        self.noisy_action = stacked_weight(stack, action_size, hidden)
+        self.hidden = StackedLinear(stack, hidden, hidden)
+        self.velocity = StackedLinear(stack, hidden, action_size)
         nn.init.zeros_(self.velocity.weight)
         self.register_buffer("alphas_bar", noise_schedule(num_steps), persistent=False)
         self.register_buffer("mask", mask[:, None])  # [N, 1, D]
@@ -375,13 +380,13 @@ class DiffusionPolicy(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """N tanh-Gaussian policies of the same size as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
+    """tanh-Gaussians of the same sizes as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
 
-    def __init__(self, num_agents: int, obs_size: int, action_size: int, hidden: int, mask: Tensor):
+    def __init__(self, stack: int, obs_size: int, action_size: int, hidden: int, mask: Tensor):
         super().__init__()
-        self.observation = StackedLinear(num_agents, obs_size, hidden)
-        self.hidden = StackedLinear(num_agents, hidden, hidden)
-        self.mean_and_log_std = StackedLinear(num_agents, hidden, 2 * action_size)
+        self.observation = StackedLinear(stack, obs_size, hidden)
+        self.hidden = StackedLinear(stack, hidden, hidden)
+        self.mean_and_log_std = StackedLinear(stack, hidden, 2 * action_size)
         self.register_buffer("mask", mask[:, None])  # [N, 1, D]
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -410,12 +415,12 @@ class GaussianPolicy(nn.Module):
 
 
 def make_policy(
-    args: Args, num_agents: int, obs_size: int, action_size: int, mask: Tensor
+    args: Args, stack: int, obs_size: int, action_size: int, mask: Tensor
 ) -> DiffusionPolicy | GaussianPolicy:
-    """The policies of N agents, of the class and size that the arguments name; mask is [N, D]."""
+    """The policies of N agents, a stack of N or 1 for all, of the arguments' class and size; mask is [N, D]."""
     if args.policy == "gaussian":
-        return GaussianPolicy(num_agents, obs_size, action_size, args.actor_hidden, mask)
-    return DiffusionPolicy(num_agents, obs_size, action_size, args.actor_hidden, args.denoising_steps, mask)
+        return GaussianPolicy(stack, obs_size, action_size, args.actor_hidden, mask)
+    return DiffusionPolicy(stack, obs_size, action_size, args.actor_hidden, args.denoising_steps, mask)
 
 
 class TwinCritic(nn.Module):
@@ -453,18 +458,18 @@ class TwinCritic(nn.Module):
 
 
 class LocalCritic(nn.Module):
-    """One critic Q_i(o_i, a_i) per agent: the central Q, averaged over all that agent i neither sees nor decides.
+    """Q_i(o_i, a_i) of each agent: the central Q, averaged over all that agent i neither sees nor decides.
 
     The energy of DDPL's policies. A softmax of the central Q itself would be averaged by the denoiser: a mean of
     softmaxes, broader than the softmax of the mean wherever Q depends on what agent i cannot know.
     """
 
-    def __init__(self, num_agents: int, obs_size: int, action_size: int, hidden: int):
+    def __init__(self, stack: int, obs_size: int, action_size: int, hidden: int):
         super().__init__()
-        self.observation = StackedLinear(num_agents, obs_size, hidden)
-        self.action = stacked_weight(num_agents, action_size, hidden)
-        self.hidden = StackedLinear(num_agents, hidden, hidden)
-        self.value = StackedLinear(num_agents, hidden, 1)
+        self.observation = StackedLinear(stack, obs_size, hidden)
+        self.action = stacked_weight(stack, action_size, hidden)
+        self.hidden = StackedLinear(stack, hidden, hidden)
+        self.value = StackedLinear(stack, hidden, 1)
 
     def forward(self, obs: Tensor, candidates: Tensor) -> Tensor:
         """Values [N, M, B], up to a constant per observation, of candidates [N, M, B, D] at observations [N, B, O]."""
@@ -520,14 +525,17 @@ class Learner(nn.Module):
     which wavers less, is what plays in the end.
 
     The networks are drawn on the CPU first, so a seed starts with the same ones on every device.
+    `alike`: whether the agents' observations and actions have one size, so that they can share a policy.
     """
 
-    def __init__(self, args: Args, num_agents: int, obs_size: int, action_size: int, state_size: int, mask: Tensor):
+    def __init__(self, args: Args, obs_size: int, state_size: int, mask: Tensor, alike: bool):
         super().__init__()
         self.args = args
-        self.policy = make_policy(args, num_agents, obs_size, action_size, mask)
+        num_agents, action_size = mask.shape
+        stack = 1 if args.shared_policy and alike else num_agents
+        self.policy = make_policy(args, stack, obs_size, action_size, mask)
         if args.policy == "diffusion":
-            self.local_critic = LocalCritic(num_agents, obs_size, action_size, args.local_critic_hidden)
+            self.local_critic = LocalCritic(stack, obs_size, action_size, args.local_critic_hidden)
         self.average_policy = deepcopy(self.policy).requires_grad_(False)
         self.critic = TwinCritic(state_size, num_agents, action_size, args.critic_hidden)
         self.target_critic = TwinCritic(state_size, num_agents, action_size, args.critic_hidden)
@@ -823,6 +831,11 @@ class StackedAgents(gym.Env):
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = Box(-1, 1, (self.num_agents, self.action_size), np.float32)
 
+    @property
+    def alike(self) -> bool:
+        """Whether the observations and actions of all agents have one size."""
+        return len(set(zip(self.obs_sizes, self.action_sizes))) == 1
+
     def action_mask(self) -> Tensor:
         """[N, D] float: 1 for an agent's real action dimensions, 0 for padding."""
         return (torch.arange(self.action_size) < torch.tensor(self.action_sizes)[:, None]).float()
@@ -986,7 +999,7 @@ def train(args: Args, given: Collection[str] = (), signals: Sequence[int] = ()) 
         env = held.enter_context(vector_env(args))
         device = choose_device(args)  # after the copies' processes have started, since CUDA cannot be forked
         mask = task.action_mask().to(device)
-        learner = Learner(args, task.num_agents, task.obs_size, task.action_size, task.state_size, mask)
+        learner = Learner(args, task.obs_size, task.state_size, mask, task.alike)
         observations, actions = (task.num_agents, task.obs_size), (task.num_agents, task.action_size)
         state = (task.state_size,)
         capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
@@ -1446,9 +1459,9 @@ def read_team(
         stored = {name: tuple(v) if isinstance(v, list) else v for name, v in contents["args"].items()}
     args = stored_arguments(flag, path, contents | {"args": stored}, args, given, free)
     with damage_reported(flag, path):
-        num_agents, obs_size, _ = tensors["observation.weight"].shape
+        stack, obs_size, _ = tensors["observation.weight"].shape
         mask = torch.from_numpy(tensors["mask"])[:, 0]
-        policy = make_policy(args, num_agents, obs_size, mask.shape[-1], mask)
+        policy = make_policy(args, stack, obs_size, mask.shape[-1], mask)
         copy_into(dict(policy.state_dict()), {name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     return args, policy.requires_grad_(False)
 

@@ -114,6 +114,8 @@ class Algorithm:
 
     policy: Literal["diffusion", "gaussian"] = "diffusion"
     """The policy class: DDPL's diffusion policy or the Gaussian baseline."""
+    shared_policy: bool = True
+    """One policy, and local critic, for all agents."""
     buffer_size: int = 100_000
     """Transitions the replay buffer holds."""
     learning_starts: int = 5_000
@@ -355,24 +357,24 @@ class StackedLinear(NamedTuple):
 
 
 class DiffusionPolicy(NamedTuple):
-    """N denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent."""
+    """Denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent or one for all."""
 
     observation: StackedLinear
-    time: Array  # [N, T + 1, H]
+    time: Array  # [S, T + 1, H]
     noisy_action: Array
     hidden: StackedLinear
     velocity: StackedLinear
 
     @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int) -> "DiffusionPolicy":
+    def create(cls, key: Array, args: Args, stack: int, obs_size: int) -> "DiffusionPolicy":
         hidden = args.actor_hidden
         keys = jax.random.split(key, 4)
         return cls(
-            StackedLinear.create(keys[0], num_agents, obs_size, hidden),
-            0.3 * jax.random.normal(keys[1], (num_agents, args.denoising_steps + 1, hidden)),
-            stacked_weight(keys[2], num_agents, ACTION_SIZE, hidden),
-            StackedLinear.create(keys[3], num_agents, hidden, hidden),
-            StackedLinear(jnp.zeros((num_agents, hidden, ACTION_SIZE)), jnp.zeros((num_agents, 1, ACTION_SIZE))),
+            StackedLinear.create(keys[0], stack, obs_size, hidden),
+            0.3 * jax.random.normal(keys[1], (stack, args.denoising_steps + 1, hidden)),
+            stacked_weight(keys[2], stack, ACTION_SIZE, hidden),
+            StackedLinear.create(keys[3], stack, hidden, hidden),
+            StackedLinear(jnp.zeros((stack, hidden, ACTION_SIZE)), jnp.zeros((stack, 1, ACTION_SIZE))),
         )
 
     def __call__(self, context: Array, x_t: Array) -> Array:
@@ -403,17 +405,17 @@ class DiffusionPolicy(NamedTuple):
 
 
 class GaussianPolicy(NamedTuple):
-    """N tanh-Gaussian policies of the same size as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
+    """tanh-Gaussians of the same sizes as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
 
     observation: StackedLinear
     hidden: StackedLinear
     mean_and_log_std: StackedLinear
 
     @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int) -> "GaussianPolicy":
+    def create(cls, key: Array, args: Args, stack: int, obs_size: int) -> "GaussianPolicy":
         sizes = (obs_size, args.actor_hidden, args.actor_hidden, 2 * ACTION_SIZE)
         layers = zip(jax.random.split(key, 3), sizes, sizes[1:])
-        return cls(*(StackedLinear.create(k, num_agents, i, o) for k, i, o in layers))
+        return cls(*(StackedLinear.create(k, stack, i, o) for k, i, o in layers))
 
     def __call__(self, obs: Array) -> tuple[Array, Array]:
         """Mean and log standard deviation [N, B, D] before the tanh."""
@@ -482,7 +484,7 @@ def joint(actions: Array) -> Array:
 
 
 class LocalCritic(NamedTuple):
-    """One critic Q_i(o_i, a_i) per agent: the central Q, averaged over all that agent i neither sees nor decides.
+    """Q_i(o_i, a_i) of each agent: the central Q, averaged over all that agent i neither sees nor decides.
 
     The energy of DDPL's policies. A softmax of the central Q itself would be averaged by the denoiser: a mean of
     softmaxes, broader than the softmax of the mean wherever Q depends on what agent i cannot know.
@@ -494,14 +496,14 @@ class LocalCritic(NamedTuple):
     value: StackedLinear
 
     @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, obs_size: int) -> "LocalCritic":
+    def create(cls, key: Array, args: Args, stack: int, obs_size: int) -> "LocalCritic":
         hidden = args.local_critic_hidden
         keys = jax.random.split(key, 4)
         return cls(
-            StackedLinear.create(keys[0], num_agents, obs_size, hidden),
-            stacked_weight(keys[1], num_agents, ACTION_SIZE, hidden),
-            StackedLinear.create(keys[2], num_agents, hidden, hidden),
-            StackedLinear.create(keys[3], num_agents, hidden, 1),
+            StackedLinear.create(keys[0], stack, obs_size, hidden),
+            stacked_weight(keys[1], stack, ACTION_SIZE, hidden),
+            StackedLinear.create(keys[2], stack, hidden, hidden),
+            StackedLinear.create(keys[3], stack, hidden, 1),
         )
 
     def __call__(self, obs: Array, candidates: Array) -> Array:
@@ -535,10 +537,11 @@ class Learner(NamedTuple):
         policy_key, critic_key, local_critic_key = jax.random.split(key, 3)
         diffusion = args.policy == "diffusion"
         policy_class = DiffusionPolicy if diffusion else GaussianPolicy
+        stack = 1 if args.shared_policy else num_agents
         learned = {
-            "policy": policy_class.create(policy_key, args, num_agents, obs_size),
+            "policy": policy_class.create(policy_key, args, stack, obs_size),
             "critic": TwinCritic.create(critic_key, args, num_agents, state_size),
-            "local_critic": LocalCritic.create(local_critic_key, args, num_agents, obs_size) if diffusion else None,
+            "local_critic": LocalCritic.create(local_critic_key, args, stack, obs_size) if diffusion else None,
             "log_temperature": jnp.full(num_agents, math.log(args.init_temperature)),
         }
         optimizers = {name: optax.adam(0.0).init(value) for name, value in learned.items()}
@@ -1361,9 +1364,9 @@ def read_team(flag: str, path: Path, args: Args, given: Collection[str], free: C
     tensors, contents = read_file(flag, path)
     args = stored_arguments(flag, path, contents, args, given, free)
     with damage_reported(flag, path):
-        num_agents, obs_size = tensors[".observation.weight"].shape[1:3]
+        stack, obs_size = tensors[".observation.weight"].shape[1:3]
         policy_class = DiffusionPolicy if args.policy == "diffusion" else GaussianPolicy
-        create = partial(policy_class.create, args=args, num_agents=num_agents, obs_size=obs_size)
+        create = partial(policy_class.create, args=args, stack=stack, obs_size=obs_size)
         shapes = jax.eval_shape(jax.vmap(create), jax.random.split(jax.random.PRNGKey(0), args.num_seeds))
         return args, filled(shapes, tensors)
 

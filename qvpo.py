@@ -285,14 +285,17 @@ def stacked_weight(stack: int, in_features: int, out_features: int) -> nn.Parame
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight + bias, with or without a leading stack. Compiled, the sum fuses with the activation that follows."""
+    """x @ weight + bias, with or without a leading stack. Compiled, the sum fuses with the activation that follows.
+
+    A stack of one serves all of x.
+    """
     if torch.compiler.is_compiling():
         return x @ weight + bias
-    return torch.addmm(bias, x, weight) if x.ndim == 2 else torch.baddbmm(bias, x, weight)
+    return torch.addmm(bias, x, weight) if x.ndim == 2 else torch.baddbmm(bias, x, weight.expand(len(x), -1, -1))
 
 
 class StackedLinear(nn.Module):
-    """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]."""
+    """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]. A stack of one serves any S."""
 
     def __init__(self, stack: int, in_features: int, out_features: int):
         super().__init__()

@@ -52,7 +52,7 @@ def spread_update(policy: str, num_agents: int, device: str = "cpu"):
     args = ddpl_mpe.Args(policy=policy)
     obs_size = 4 + 2 * num_agents + 4 * (num_agents - 1)
     mask = torch.ones(num_agents, 2, device=device)
-    learner = ddpl_mpe.Learner(args, num_agents, obs_size, 2, num_agents * obs_size, mask)
+    learner = ddpl_mpe.Learner(args, obs_size, num_agents * obs_size, mask, alike=True)
     obs, next_obs = torch.randn(2, num_agents, args.batch_size, obs_size)
     actions = 2 * torch.rand(num_agents, args.batch_size, 2) - 1
     columns = obs, actions, torch.randn(args.batch_size), torch.zeros(args.batch_size), next_obs
@@ -121,7 +121,7 @@ def mamujoco_update(agent_conf: str, policy: str):
     env = ddpl_mamujoco.StackedAgents(args)
     (num_agents, obs_size), action_size = env.observation_space["obs"].shape, env.action_space.shape[1]
     state_size, size = env.observation_space["state"].shape[0], args.batch_size
-    learner = ddpl_mamujoco.Learner(args, num_agents, obs_size, action_size, state_size, env.action_mask())
+    learner = ddpl_mamujoco.Learner(args, obs_size, state_size, env.action_mask(), env.alike)
     obs, next_obs = torch.randn(2, num_agents, size, obs_size)
     state, next_state = torch.randn(2, size, state_size)
     actions = 2 * torch.rand(num_agents, size, action_size) - 1
@@ -279,7 +279,7 @@ def measure_isaaclab() -> None:
             functions = {"simulation": lambda: env.step(actions)}
             for policy in ("diffusion", "gaussian"):
                 own = replace(args, policy=policy)
-                learner = ddpl_isaaclab.Learner(own, env.num_agents, env.obs_size, mask.shape[1], env.state_size, mask)
+                learner = ddpl_isaaclab.Learner(own, env.obs_size, env.state_size, mask, env.alike)
                 after, rows = env.step(actions), slice(args.batch_size)
                 state = after.state
                 columns = obs, actions, after.reward, after.terminated.float(), after.obs, state, state

@@ -22,7 +22,7 @@ NUM_AGENTS, OBS_SIZE, STATE_SIZE, BATCH_SIZE = 3, 5, 15, 16
 def make_learner(script, policy, device="cpu"):
     options = dict(policy=policy, actor_hidden=16, critic_hidden=16, actor_batch_size=8, denoising_steps=2)
     torch.manual_seed(0)
-    return script.Learner(script.Args(**options), NUM_AGENTS, OBS_SIZE, 2, STATE_SIZE, MASK.to(device))
+    return script.Learner(script.Args(**options), OBS_SIZE, STATE_SIZE, MASK.to(device), alike=False)
 
 
 def make_buffer(script, device="cpu"):

@@ -338,7 +338,7 @@ def learn(rank, world_size, policy):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ddpl_isaaclab, "Adam", Plain)
-        learner = Learner(Args(policy=policy, actor_batch_size=share), 2, 3, 2, 5, mask)
+        learner = Learner(Args(policy=policy, actor_batch_size=share), 3, 5, mask, False)
         for name in ("rand", "randn"):
             patch.setattr(torch, name, fixed)
             patch.setattr(torch, f"{name}_like", lambda x: fixed(*x.shape))
@@ -357,7 +357,7 @@ def learn_compiled(rank, world_size):
     torch.distributed.init_process_group("gloo", f"file://{Path.cwd()}/meet", rank=rank, world_size=world_size)
     for name, wrap in (("eager", lambda function, learner: function), ("compiled", ddpl_isaaclab.compiled)):
         torch.manual_seed(0)
-        learner = Learner(Args(), 2, 3, 2, 5, torch.ones(2, 2))
+        learner = Learner(Args(), 3, 5, torch.ones(2, 2), False)
         step = wrap(ddpl_isaaclab.update_temperature, learner)
         for _ in range(3):
             step(learner, torch.tensor([1.0, 2.0]) - 2.5 * rank)  # of opposite signs but for the mean
@@ -368,7 +368,7 @@ def test_two_compiled_processes_average_their_gradients():
     mp.start_processes(learn_compiled, (2,), nprocs=2, start_method="fork")
     one, other, eager, start = (
         *(torch.load(f"{name}.pt", weights_only=True) for name in ("compiled_0", "compiled_1", "eager_0")),
-        Learner(Args(), 2, 3, 2, 5, torch.ones(2, 2)).log_temperature,
+        Learner(Args(), 3, 5, torch.ones(2, 2), False).log_temperature,
     )
     assert torch.equal(one, other) and ((one - start).sign() == torch.tensor([1, -1])).all()
     torch.testing.assert_close(one, eager, atol=1e-6, rtol=0)
@@ -380,7 +380,7 @@ def test_two_processes_learn_as_one_does_from_the_joint_batch(policy):
     learn(0, 1, policy)
     first, second, joint = (torch.load(f"{name}.pt", weights_only=True) for name in ("2_0", "2_1", "1_0"))
     assert equal(first, second)
-    start = (torch.manual_seed(0), Learner(Args(policy=policy), 2, 3, 2, 5, torch.ones(2, 2)))[1].state_dict()
+    start = (torch.manual_seed(0), Learner(Args(policy=policy), 3, 5, torch.ones(2, 2), False))[1].state_dict()
     for name in joint:
         assert name.startswith("local") or not torch.equal(joint[name], start[name])
         torch.testing.assert_close(first[name], joint[name], rtol=1e-4, atol=1e-5)

@@ -14,9 +14,11 @@ POLICIES = ["diffusion", "gaussian"]
 
 
 def make_learner(policy="diffusion", mask=((1.0, 1), (1, 1), (1, 1)), obs_size=4, **options):
+    """A learner whose agents have a policy each, unless the options say otherwise."""
+    options = {"shared_policy": False} | options
     args = Args(policy=policy, actor_hidden=32, critic_hidden=32, actor_batch_size=16, **options)
     mask = torch.tensor(mask, dtype=torch.float32)
-    return Learner(args, mask.shape[0], obs_size, mask.shape[1], mask.shape[0] * obs_size, mask)
+    return Learner(args, obs_size, len(mask) * obs_size, mask, alike=bool(mask.all()))
 
 
 def gradients_of(optimizer):
@@ -157,6 +159,33 @@ def test_agents_do_not_share_weights(policy):
     torch.manual_seed(1)
     after = learner.policy.sample(obs)
     assert (before[[0, 2]] == after[[0, 2]]).all() and (before[1] != after[1]).any()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_shared_policy_is_one_for_all(policy):
+    """Shared, the gradient is the sum of those of agents that have a copy each; unlike agents never share."""
+    shared, copies = make_learner(policy, shared_policy=True), make_learner(policy)
+    for ours, theirs in zip(shared.parameters(), copies.parameters(), strict=True):
+        if ours.shape != theirs.shape:
+            ours.data.normal_(std=0.3)
+            theirs.data.copy_(ours.expand(3, *ours.shape[1:]))
+        else:
+            theirs.data.copy_(ours)
+    obs = torch.randn(3, 8, 4)
+    actions = []
+    for learner in (shared, copies):
+        torch.manual_seed(1)
+        actions.append(learner.policy.sample(obs))
+        torch.manual_seed(2)
+        if policy == "diffusion":
+            ddpl_mpe.update_diffusion(learner, state_of(obs), obs, actions[0])
+        else:
+            ddpl_mpe.update_gaussian(learner, state_of(obs), obs)
+    torch.testing.assert_close(*actions)
+    for one, each in zip(gradients_of(shared.policy_optimizer), gradients_of(copies.policy_optimizer), strict=True):
+        torch.testing.assert_close(one, each.sum(0, keepdim=True), atol=1e-6, rtol=1e-4)
+    unlike = make_learner(policy, mask=((1, 1), (1, 0)), shared_policy=True)
+    assert len(unlike.policy.hidden.weight) == 2
 
 
 def test_temperature_falls_where_entropy_exceeds_its_target():

@@ -83,7 +83,8 @@ def assert_same(ours, theirs, tolerance=1e-5):
 
 def learners(policy="diffusion"):
     """The learner in JAX, and the same parameters in PyTorch."""
-    args = Args(policy=policy, critic_hidden=16, actor_hidden=8, local_critic_hidden=8, actor_batch_size=B)
+    sizes = dict(critic_hidden=16, actor_hidden=8, local_critic_hidden=8, actor_batch_size=B)
+    args = Args(policy=policy, shared_policy=False, **sizes)
     torch_args = ddpl_mamujoco.Args(**{k: getattr(args, k) for k in smax.run_arguments(args) if k in TORCH_FIELDS})
     ours = smax.Learner.create(jax.random.PRNGKey(0), args, N, O, S)
     ours = ours._replace(  # otherwise the denoiser says 0 and the target critic what the critic says
@@ -91,7 +92,7 @@ def learners(policy="diffusion"):
         target_critic=jax.tree.map(lambda x: x - 0.05, ours.critic),
         log_temperature=jnp.log(jnp.array([0.05, 0.2, 1.0])),
     )
-    theirs = ddpl_mamujoco.Learner(torch_args, N, O, 4, S, torch.ones(N, 4))
+    theirs = ddpl_mamujoco.Learner(torch_args, O, S, torch.ones(N, 4), alike=True)
     for name in ("policy", "critic", "target_critic", "local_critic"):
         if getattr(ours, name) is not None:
             arrays = smax.named_arrays(getattr(ours, name)).items()
@@ -834,7 +835,7 @@ def test_a_team_of_a_run(two_seeds):
         for name, weights in smax.named_arrays(policy).items():
             np.testing.assert_array_equal(weights, checkpoint[f".learner.average_policy{name}"][number])
     assert args == replace(Args(**SMALL, num_seeds=2), device=args.device)
-    obs = jax.random.uniform(jax.random.PRNGKey(0), (2, len(policy.time), B, policy.observation.weight.shape[1]))
+    obs = jax.random.uniform(jax.random.PRNGKey(0), (2, N, B, policy.observation.weight.shape[1]))
     actions = [policy.sample(jax.random.PRNGKey(1), one) for one in (obs[0], obs[0].at[1].set(obs[1][1]))]
     assert (actions[0][0] == actions[1][0]).all() and (actions[0][1] != actions[1][1]).any()  # decentralised
     tensors, others = smax.read_file("load_team", run_dir / "team.safetensors")
@@ -851,6 +852,22 @@ def test_a_team_of_a_run(two_seeds):
     smax.write_file(Path("team.safetensors"), tensors, args=others["args"] | {"colour": "red"})
     assert "is from another version" in error_of(smax, evaluate="team.safetensors")
     assert "there is no file" in error_of(smax, evaluate="none.safetensors")
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_a_shared_policy_is_one_for_all(policy):
+    """It acts as copies of it would, and an update keeps it one."""
+    args, learner, _ = learners(policy)
+    one = jax.tree.map(lambda weights: weights[:1], learner.policy)
+    copies = jax.tree.map(lambda weights: jnp.broadcast_to(weights, (N, *weights.shape[1:])), one)
+    obs = jax.random.uniform(jax.random.PRNGKey(0), (N, B, O))
+    actions = [policy.sample(jax.random.PRNGKey(1), obs) for policy in (one, copies)]
+    np.testing.assert_allclose(*actions, atol=1e-6)
+    learner = smax.Learner.create(jax.random.PRNGKey(0), replace(args, shared_policy=True), N, O, S)
+    assert {len(weights) for weights in jax.tree.leaves((learner.policy, learner.local_critic))} == {1}
+    batch, _ = batches()
+    after, _ = smax.update(learner, batch, jnp.ones((N, B)), jnp.ones((N, B)), args, jax.random.PRNGKey(1))
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, learner)
 
 
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
@@ -951,9 +968,8 @@ def test_learning_beats_the_random_team():
     small |= dict(denoising_steps=5, eval_episodes=128, final_eval_episodes=128)
     args = Args(total_timesteps=8_000, learning_starts=0, log_interval=1_600, **small)
     env = make_env(args)
-    before = smax.evaluator(env, args)(smax.begin_seeds(env, args).learner.average_policy, 128, False, 0)[
-        "returns"
-    ].mean()
+    random_team = smax.begin_seeds(env, args).learner.policy
+    before = smax.evaluator(env, args)(random_team, 128, False, 0)["returns"].mean()
     result = train(args)
     rows = list(csv.DictReader(open(Path(result["run_dir"]) / "evaluations.csv")))
     assert [float(row["return_mean"]) for row in rows if row["mode"] == "stochastic"][-1] > before + 0.1

@@ -22,10 +22,10 @@ MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
 OBS = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 
 
-def team(script, folder, **options):
+def team(script, folder, stack=2, **options):
     """A team's file in the folder, of two agents that nobody trained; returns its arguments and policies."""
     args = script.Args(actor_hidden=8, denoising_steps=3, **options)
-    policy = script.make_policy(args, 2, 4, 3, MASK)
+    policy = script.make_policy(args, stack, 4, 3, MASK)
     for parameter in policy.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # a new policy's last layer is 0
     script.save_team(folder, args, policy)
@@ -45,8 +45,9 @@ def rewrite(path, change):
 
 @every_script
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
-def test_a_loaded_team_acts_as_the_saved_one(script, policy, tmp_path):
-    args, saved = team(script, tmp_path, policy=policy, sigmas=(0.2, 0.4), seed=7, num_threads=3)
+@pytest.mark.parametrize("stack", [1, 2], ids=["one for all", "one each"])
+def test_a_loaded_team_acts_as_the_saved_one(script, policy, stack, tmp_path):
+    args, saved = team(script, tmp_path, stack, policy=policy, sigmas=(0.2, 0.4), seed=7, num_threads=3)
     loaded, loaded_args = script.load_team(tmp_path / "team.safetensors")
     assert loaded_args == replace(args, num_threads=script.Args().num_threads)
     for deterministic in (False, True):
@@ -60,9 +61,10 @@ def test_a_loaded_team_acts_as_the_saved_one(script, policy, tmp_path):
 
 
 @every_script
-def test_agents_act_on_their_own_observations(script, tmp_path):
+@pytest.mark.parametrize("stack", [1, 2], ids=["one for all", "one each"])
+def test_agents_act_on_their_own_observations(script, stack, tmp_path):
     """Decentralised: what one agent sees changes nothing in what the other does."""
-    _, policy = team(script, tmp_path)
+    _, policy = team(script, tmp_path, stack)
     other = OBS.clone()
     other[1] += 1
     actions = []
