@@ -189,9 +189,8 @@ def success_rows(task: Path) -> list[str]:
     return rows
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        collect(Path(sys.argv[1]))
+def report() -> None:
+    """Draw the plots and print the tables of all that is collected."""
     for benchmark in (name for name in ARMS if list((RESULTS / name).glob("*/*.csv"))):
         if benchmark == "isaaclab":
             print("| policy | final success rate | each seed | frames until 0.99, each seed |\n|---|---|---|---|")
@@ -210,4 +209,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        collect(Path(sys.argv[1]))
+    report()
