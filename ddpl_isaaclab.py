@@ -20,6 +20,12 @@ what stands here is a reconstruction. The README says how to install Isaac Lab (
 tanh-Gaussian by the reparameterised KL, as in soft actor-critic, with everything else equal.
 The README numbers the implementation details and explains every logged scalar.
 
+A team that has been trained is one small file, which --evaluate plays, and which Python loads:
+
+    from ddpl_isaaclab import load_team
+    policy, args = load_team("benchmark/teams/Isaac-Pendulum-MARL-Direct.safetensors")
+    actions = policy.sample(obs, deterministic=True)  # [N, B, O] -> [N, B, D], in [-1, 1]
+
 To fork it for another simulator that steps many environments at once, rewrite make_env, make_config and StackedAgents;
 the rest asks of them a `Step` of tensors on one device. A copy under another name refuses this script's checkpoints.
 """

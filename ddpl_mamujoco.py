@@ -19,6 +19,12 @@ what stands here is a reconstruction.
 tanh-Gaussian by the reparameterised KL, as in soft actor-critic, with everything else equal.
 The README numbers the implementation details and explains every logged scalar.
 
+A team that has been trained is one small file, which --evaluate plays, and which Python loads:
+
+    from ddpl_mamujoco import load_team
+    policy, args = load_team("benchmark/teams/HalfCheetah_2x3.safetensors")
+    actions = policy.sample(obs, deterministic=True)  # [N, B, O] -> [N, B, D], in [-1, 1]
+
 To fork it for another PettingZoo task, put your own make_env and task_name, thirty lines under "environment", in the
 place of these, and what nothing else reads: the first three arguments of Task, PACKAGES and CONFIGURATIONS. The rest,
 StackedAgents included, takes any parallel environment with a state() and with Box actions, whose agents share the

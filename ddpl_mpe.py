@@ -19,6 +19,12 @@ what stands here is a reconstruction.
 tanh-Gaussian by the reparameterised KL, as in soft actor-critic, with everything else equal.
 The README numbers the implementation details and explains every logged scalar.
 
+A team that has been trained is one small file, which --evaluate plays, and which Python loads:
+
+    from ddpl_mpe import load_team
+    policy, args = load_team("benchmark/teams/simple_spread_v3.safetensors")
+    actions = policy.sample(obs, deterministic=True)  # [N, B, O] -> [N, B, D], in [-1, 1]
+
 To fork it for another benchmark whose copies all end together, rewrite make_env and VectorMPE; where episodes end one
 by one, start from ddpl_mamujoco.py. A copy under another name refuses this script's checkpoints.
 """

@@ -21,6 +21,12 @@ The names are those of ddpl_mamujoco.py, in PyTorch; random functions take a key
 where everything is compiled.
 The README numbers the implementation details and explains every logged scalar.
 
+A team that has been trained is one small file, which --evaluate plays, and which Python loads:
+
+    from ddpl_smax_jax import load_team
+    policy, args = load_team("benchmark/teams/3m.safetensors")
+    actions = policy.sample(key, obs, deterministic=True)  # [N, B, O] -> [N, B, D], in [-1, 1]
+
 To fork it for another environment in JAX, rewrite the section on the environment: make_env, and the arrays that reset,
 step and living bring. A copy under another name refuses this script's checkpoints.
 """

@@ -16,6 +16,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")
+import comparison  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -189,8 +190,29 @@ def success_rows(task: Path) -> list[str]:
     return rows
 
 
+def compared() -> dict[str, list[comparison.Task]]:
+    """The tasks on which diffusion and Gaussian policies are compared, by benchmark, and all of them."""
+    zeros = {row["task"]: float(row["return_mean"]) for row in csv.DictReader(open(RESULTS / "random.csv"))}
+    groups = {}
+    for benchmark in ("mpe", "mamujoco", "smax", "isaaclab"):
+        tasks = []
+        for folder in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
+            name = f"{benchmark}/{folder.name}"
+            finals = [load(folder, arm, "deterministic")[1][:, -1] for arm in ("diffusion", "gaussian")]
+            task = comparison.Task(folder.name, *finals)
+            if benchmark in SCORES:
+                tasks.append(task)
+            elif name in zeros:
+                tasks.append(task.normalised(zeros[name]))
+        groups[benchmark] = tasks
+    return groups | {"all": [task for tasks in groups.values() for task in tasks]}
+
+
 def report() -> None:
     """Draw the plots and print the tables of all that is collected."""
+    groups = compared()
+    comparison.plot(RESULTS / "comparison.png", groups)
+    print("\n".join(comparison.table(groups)), end="\n\n")
     for benchmark in (name for name in ARMS if list((RESULTS / name).glob("*/*.csv"))):
         if benchmark == "isaaclab":
             print("| policy | final success rate | each seed | frames until 0.99, each seed |\n|---|---|---|---|")

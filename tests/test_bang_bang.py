@@ -17,7 +17,7 @@ from torch.distributions.transforms import TanhTransform
 
 import bang_bang
 from bang_bang import ActionCost, Args, Learner, Normalizer, Rollout, evaluate, make_costly_env, make_env, train
-from benchmark.double_integrator import grid_of_starts, optimal_force, times_to_goal, trained_force
+from benchmark.bang_bang_double_integrator import grid_of_starts, optimal_force, times_to_goal, trained_force
 
 SMALL = dict(env_id="Pendulum-v1", total_timesteps=900, num_steps=100, num_minibatches=2, update_epochs=2, hidden=16)
 SMALL |= dict(eval_interval=300, eval_episodes=2, final_eval_episodes=3, checkpoint_interval=250)

@@ -1,6 +1,6 @@
 """Where bang-bang control stops paying: PPO's three heads on Pendulum-v1 as acting gets dearer.
 
-    python benchmark/action_cost.py     # 81 runs in two processes, an hour
+    python benchmark/bang_bang_action_cost.py     # 81 runs in two processes, an hour
 
 Writes benchmark/results/bang_bang/action_cost.csv (one row per head, form, cost and seed) and action_cost.png.
 """

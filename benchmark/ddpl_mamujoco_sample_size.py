@@ -1,6 +1,6 @@
 """How many of ISSM's candidates count, against the dimensions of an agent's action and the way to propose.
 
-    python benchmark/effective_sample_size.py     # half a minute
+    python benchmark/ddpl_mamujoco_sample_size.py     # half a minute
 
 The energy is separable, with two unequal modes in every dimension, so its density, entropy and mean follow by
 quadrature; its temperature is set so that the entropy is DDPL's target, -0.5 nats per dimension. Every proposal has 16

@@ -1,6 +1,6 @@
 """Why diffusion policies, in figures: what happens inside the runs of ddpl_coordination.py, and what ISSM does alone.
 
-    python benchmark/coordination_figures.py
+    python benchmark/ddpl_coordination_figures.py
 
 Takes the arguments of ddpl_coordination.py, with defaults of 24,000 joint actions and one to five agents. Writes to
 benchmark/results/coordination/:
@@ -296,7 +296,7 @@ def main() -> None:
     try:
         draw(args, ROOT / "benchmark" / "results" / "coordination")
     except RunError as error:
-        raise SystemExit(f"coordination_figures.py: error: {error}") from None
+        raise SystemExit(f"ddpl_coordination_figures.py: error: {error}") from None
 
 
 if __name__ == "__main__":

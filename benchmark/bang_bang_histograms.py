@@ -1,6 +1,6 @@
 """What trained policies play: histograms of the actions of finished runs of bang_bang.py, sampled and at the mode.
 
-    python benchmark/action_histograms.py runs HalfCheetah-v5
+    python benchmark/bang_bang_histograms.py runs HalfCheetah-v5
 
 Takes the runs of that task with the default squash and entropy, prints the mean square of each one's deterministic
 actions and draws the heads with seed 1 to benchmark/results/bang_bang/actions_<task>.png.

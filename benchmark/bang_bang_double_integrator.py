@@ -1,6 +1,6 @@
 """Bang-bang control where the optimum is known: the minimum-time double integrator.
 
-    python benchmark/double_integrator.py     # three seeds: benchmark/results/bang_bang/double_integrator.png
+    python benchmark/bang_bang_double_integrator.py     # three seeds: benchmark/results/bang_bang/double_integrator.png
 
 A unit mass on a line is to rest at the origin, as soon as possible, by a force of at most 1. The optimal force is
 u = -sign(x + v |v| / 2): full force one way, then the other, with the switch on a curve. PPO with Bernoulli policies

@@ -2,7 +2,7 @@
 
     git clone https://github.com/FLAIROx/JaxMARL && git -C JaxMARL checkout c793d095
     pip install distrax hydra-core wandb
-    python benchmark/smax_ippo.py JaxMARL 3m 2s3z 5m_vs_6m
+    python benchmark/ddpl_smax_jax_ippo.py JaxMARL 3m 2s3z 5m_vs_6m
 
 Writes benchmark/results/smax/ippo.csv: win rate and return of the battles that end between two updates (sampled
 actions), three seeds a map. It sees what our scripts see, but its actions, and how often it acts, are not ours.

@@ -1,7 +1,7 @@
 """The baseline of qvpo.py: Stable-Baselines3's SAC, a tanh-Gaussian policy, at its own defaults and on one thread.
 
     pip install stable-baselines3==2.9.2
-    python benchmark/sac_baseline.py --env-id Hopper-v5 --seed 1
+    python benchmark/qvpo_sac.py --env-id Hopper-v5 --seed 1
 
 Evaluated at the same steps and on the same episodes as qvpo.py, into runs/sac__<task>__<seed>__<time>/.
 """
