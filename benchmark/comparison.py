@@ -109,11 +109,12 @@ def plot(path: Path, groups: dict[str, Sequence[Task]]) -> None:
                 (f"{task.name} ({len(task.ours)})", "tab:blue", difference([task], mean_of_seeds)) for task in tasks
             ]
     figure, axes = plt.subplots(figsize=(7, 0.28 * len(lines) + 1), dpi=100)
-    for row, (name, color, (mean, (low, high))) in enumerate(reversed(lines)):
+    lines.reverse()  # the first stands at the top
+    for row, (_, color, (mean, (low, high))) in enumerate(lines):
         axes.plot([low, high], [row, row], color=color, linewidth=2 if color == "black" else 1.2)
         axes.plot(mean, row, "D" if color == "black" else "o", color=color, markersize=5)
     axes.axvline(0, color="gray", linewidth=0.8)
-    axes.set_yticks(range(len(lines)), [name for name, *_ in reversed(lines)])
+    axes.set_yticks(range(len(lines)), [name for name, *_ in lines])
     axes.set_xlabel("difference of normalised scores (right: diffusion ahead)")
     figure.tight_layout()
     figure.savefig(path)

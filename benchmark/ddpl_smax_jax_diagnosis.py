@@ -1,7 +1,7 @@
 """Why continuous SMAX resists: what scripted teams win with the same actions, and what the critics have learned.
 
-    python benchmark/ddpl_smax_jax_diagnosis.py                    # win rates of scripted teams on three maps
-    python benchmark/ddpl_smax_jax_diagnosis.py runs/ddpl_smax_jax__3m__...    # and the critics of a run (its first seed)
+    python benchmark/ddpl_smax_jax_diagnosis.py              # win rates of scripted teams on three maps
+    python benchmark/ddpl_smax_jax_diagnosis.py RUN_DIR      # and the critics of a run (its first seed)
 
 Writes benchmark/results/smax/scripts.csv and critic_<map>_<policy>.png.
 """

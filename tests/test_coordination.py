@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 import ddpl_coordination
-from benchmark import ddpl_coordination_figures
+from benchmark import ddpl_coordination_figures as coordination_figures
 from ddpl_coordination import Args, Learner, RunError, learn, nash_gap, success, team_reward, train, update
 
 JOINT, MATCH = Args(), Args(game="match")
@@ -376,33 +376,31 @@ def test_stop_is_an_exit_code_and_a_second_signal_ends_at_once(monkeypatch, caps
 @pytest.mark.parametrize("policy", LEARNED)
 def test_a_run_is_the_same_when_watched(policy):
     args = Args(num_seeds=2, total_timesteps=480)
-    plain, watched = learn(args, policy, 2), ddpl_coordination_figures.watched(args, policy, 2)
+    plain, watched = learn(args, policy, 2), coordination_figures.watched(args, policy, 2)
     assert all(np.array_equal(values, watched[name]) for name, values in plain.items())
     shapes = {name: watched[name].shape for name in watched.keys() - plain.keys()}
     assert shapes == {"gaps": (20, 2), "snapshots": (20, 2, 500), "energy": (2, 100)}
 
 
 def test_all_figures_are_drawn(monkeypatch):
-    fit_issm = ddpl_coordination_figures.fit_issm
-    monkeypatch.setattr(ddpl_coordination_figures, "fit_issm", lambda args: fit_issm(args, num_updates=10))
-    monkeypatch.setattr(
-        ddpl_coordination_figures, "issm_error", partial(ddpl_coordination_figures.issm_error, repeats=20)
-    )
+    fit_issm = coordination_figures.fit_issm
+    monkeypatch.setattr(coordination_figures, "fit_issm", lambda args: fit_issm(args, num_updates=10))
+    monkeypatch.setattr(coordination_figures, "issm_error", partial(coordination_figures.issm_error, repeats=20))
     args = Args(num_seeds=2, total_timesteps=480, num_agents=(2,), num_processes=1, policies=("diffusion",))
-    ddpl_coordination_figures.draw(args, Path("figures"))
+    coordination_figures.draw(args, Path("figures"))
     figures = {path.stem for path in Path("figures").glob("*.png") if path.stat().st_size > 5_000}
     assert figures == {"training", "nash_gap", "exact", "issm"}
 
 
 def test_figures_need_policies_that_learn():
     with pytest.raises(RunError, match="^--policies: .*must be policies that learn"):
-        ddpl_coordination_figures.draw(Args(), Path("figures"))
+        coordination_figures.draw(Args(), Path("figures"))
     assert not Path("figures").exists()
 
 
 def test_energy_policy_and_its_fits_without_learning_a_critic():
     """Chances at +0.7 against quadrature; ISSM keeps most of them, and the least KL sits on one mode."""
-    chances = ddpl_coordination_figures.chances(JOINT, ddpl_coordination_figures.fit_issm(JOINT).sample(4000)[..., 0])
+    chances = coordination_figures.chances(JOINT, coordination_figures.fit_issm(JOINT).sample(4000)[..., 0])
 
     def advantage(a):
         return math.exp(-(((a - 0.7) / 0.2) ** 2) / 2) - 1
@@ -425,14 +423,14 @@ def test_energy_policy_and_its_fits_without_learning_a_critic():
 
 
 def test_meeting_of_teams():
-    single, repeated = ddpl_coordination_figures.meeting(np.array([1.0, 0.0]), 3)
+    single, repeated = coordination_figures.meeting(np.array([1.0, 0.0]), 3)
     assert single == pytest.approx(1 / 8, abs=0.01) and repeated == pytest.approx(1 / 8, abs=0.01)
-    single, repeated = ddpl_coordination_figures.meeting(np.array([0.5]), 3, tries=10)
+    single, repeated = coordination_figures.meeting(np.array([0.5]), 3, tries=10)
     assert single == pytest.approx(1 / 8) and repeated == pytest.approx(1 - (7 / 8) ** 10)
 
 
 def test_issm_error_falls_with_the_root_of_candidates():
     sizes = [64, 256, 1024, 4096]
-    errors, samples = zip(*(ddpl_coordination_figures.issm_error(1, size, size // 4) for size in sizes))
+    errors, samples = zip(*(coordination_figures.issm_error(1, size, size // 4) for size in sizes))
     assert -0.65 < np.polyfit(np.log(sizes), np.log(errors), 1)[0] < -0.4
     assert all(1 <= used <= size for used, size in zip(samples, sizes))

@@ -25,7 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ddpl_mamujoco
 import ddpl_smax_jax as smax
-from benchmark import ddpl_smax_jax_diagnosis, ddpl_smax_jax_ippo
+from benchmark import ddpl_smax_jax_diagnosis as smax_diagnosis
+from benchmark import ddpl_smax_jax_ippo as smax_ippo
 from ddpl_smax_jax import Args, make_env, train
 
 SMALL = dict(total_timesteps=384, num_envs=8, learning_starts=64, log_interval=32, checkpoint_interval=128)
@@ -325,7 +326,7 @@ def test_corpses_are_no_targets(corpses_are_targets):
 
         def play(carry, key):
             env_state, obs, playing, won = carry
-            after, env_state, obs, _ = smax.step(env, key, env_state, ddpl_smax_jax_diagnosis.nearest(env, obs))
+            after, env_state, obs, _ = smax.step(env, key, env_state, smax_diagnosis.nearest(env, obs))
             return (env_state, obs, playing & ~after.ended, won | (playing & after.won)), None
 
         env_state, obs, _ = smax.reset(env, reset_key)
@@ -400,7 +401,7 @@ def battles_of_2s3z():
 
 def test_targets_beyond_aim_are_those_that_no_action_hits(battles_of_2s3z):
     env, battles = battles_of_2s3z
-    unreachable = jax.jit(partial(ddpl_smax_jax_diagnosis.unreachable, env))
+    unreachable = jax.jit(partial(smax_diagnosis.unreachable, env))
     found, expected = [], []
     for _, obs, possible in battles:
         targets, missed = unreachable(obs)
@@ -419,7 +420,7 @@ def test_discrete_choices_are_translated(battles_of_2s3z):
     @jax.jit
     def translated(env_state, choice):
         choices = jnp.full(env.num_agents, choice)
-        actions = jnp.ones((units, 4)).at[: env.num_agents].set(ddpl_smax_jax_ippo.translated(env, env_state, choices))
+        actions = jnp.ones((units, 4)).at[: env.num_agents].set(smax_ippo.translated(env, env_state, choices))
         decoded = env._env._decode_continuous_actions(jax.random.PRNGKey(0), env_state.state, actions)
         return actions, *(x[: env.num_agents] for x in decoded)
 

@@ -1,0 +1,79 @@
+"""benchmark/comparison.py: interquartile means, probabilities of improvement and their intervals."""
+
+import numpy as np
+import pytest
+from scipy.stats import mannwhitneyu
+
+from benchmark import comparison
+from benchmark.comparison import Task, difference, improvement, iqm, resampled, verdict
+
+RANDOM = np.random.default_rng(0)
+
+
+def tasks(shift, places=(0, 0, 0), sizes=((5, 5), (3, 4), (5, 3))):
+    """Tasks around different places, on which ours is ahead by a shift."""
+    return [
+        Task(str(place), RANDOM.normal(place + shift, 1, n), RANDOM.normal(place, 1, m))
+        for place, (n, m) in zip(places, sizes)
+    ]
+
+
+def test_interquartile_mean():
+    scores = np.array([100.0, 1, 2, 3, 4, 5, 6, -50])
+    assert iqm(scores) == np.mean([2, 3, 4, 5])  # two of eight cut at each end
+    assert np.array_equal(iqm(np.stack([scores, 2 * scores])), [3.5, 7])
+
+
+def test_seeds_are_resampled_within_their_task():
+    samples = resampled([np.array([1.0, 2.0]), np.array([10.0, 20.0, 30.0])], seed=0)
+    assert samples.shape == (comparison.REPEATS, 5)
+    assert set(samples[:, :2].flat) == {1, 2} and set(samples[:, 2:].flat) == {10, 20, 30}
+    assert (samples == 30).mean() == pytest.approx(1 / 5, abs=0.01)
+
+
+def test_probability_of_improvement_is_the_mean_of_mann_whitneys():
+    compared = tasks(0.5, places=(0, 100, 0))  # only within a task may seeds be compared
+    compared[0].theirs[0] = compared[0].ours[0]  # a tie counts half
+    expected = [mannwhitneyu(t.ours, t.theirs).statistic / (len(t.ours) * len(t.theirs)) for t in compared]
+    mean, (low, high) = improvement(compared)
+    assert mean == pytest.approx(np.mean(expected))
+    assert low < mean < high
+
+
+def test_difference_is_that_of_the_pooled_scores():
+    compared = tasks(1.0)
+    mean, (low, high) = difference(compared)
+    ours, theirs = (np.concatenate([getattr(task, arm) for task in compared]) for arm in ("ours", "theirs"))
+    assert mean == iqm(ours) - iqm(theirs) and low < mean < high
+
+
+def test_normalised_scores():
+    task = Task("", np.array([3.0, 5.0]), np.array([1.0, 7.0])).normalised(random=-6.0)
+    assert np.array_equal(task.ours, [0.9, 1.1]) and np.array_equal(task.theirs, [0.7, 1.3])
+
+
+@pytest.mark.parametrize(
+    "shift, said", [(3, "ahead"), (-3, "behind"), (0, "no difference to be told")], ids=["up", "down", "none"]
+)
+def test_verdicts(shift, said):
+    assert verdict(tasks(shift)) == said
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say(monkeypatch):
+    """Sixty pairs of eight scores each from one distribution: at least 85 % of the 95 % intervals hold 0."""
+    monkeypatch.setattr(comparison, "REPEATS", 1000)
+    held = 0
+    for _ in range(60):
+        ours, theirs = RANDOM.normal(size=(2, 3, 8))
+        _, (low, high) = difference([Task("", a, b) for a, b in zip(ours, theirs)])
+        held += low <= 0 <= high
+    assert held >= 51
+
+
+def test_figure_and_table(tmp_path):
+    groups = {"one": tasks(1.0), "other": tasks(0.0)[:1], "all": tasks(1.0)}
+    comparison.plot(tmp_path / "comparison.png", groups)
+    assert (tmp_path / "comparison.png").stat().st_size > 5000
+    rows = comparison.table(groups)
+    assert len(rows) == 5 and all(row.count("|") == 9 for row in rows)
+    assert rows[2].startswith("| one | 3 | 25 |")
