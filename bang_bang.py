@@ -14,7 +14,7 @@ et al. 2017) has the settings of CleanRL's ppo_continuous_action.py, so that a G
 
 If the reward does not depend on the action, the optimal continuous-time policy maximises something linear in it, so it
 lies at the bounds. --action-cost subtracts a cost of acting from the reward, and shows where that ends.
-The README numbers the implementation details and explains every logged scalar.
+docs/bang_bang.md numbers the implementation details and explains the logged scalars.
 
 To fork it for another distribution, write a class like BernoulliPolicy and name it in POLICIES and in --policy; for
 other tasks, rewrite make_env. A copy under another name refuses this script's checkpoints.

@@ -2,7 +2,8 @@
 
 DDPL is from Zhang, Balim, Li, "Decentralized Diffusion Policy Learning for Enhanced Exploration in Cooperative
 Multi-agent Reinforcement Learning", arXiv 2605.07101 (2026). Only its abstract could be read and no code is public, so
-what stands here is a reconstruction. The README says how to install Isaac Lab (Mittal et al., arXiv 2511.04831, 2025).
+what stands here is a reconstruction. Isaac Lab is from Mittal et al., arXiv 2511.04831 (2025); docs/ddpl_isaaclab.md
+says how to install it.
 
     python ddpl_isaaclab.py --task Isaac-Pendulum-MARL-Direct
     torchrun --nproc-per-node 2 ddpl_isaaclab.py    # two processes, each with environments of its own
@@ -18,7 +19,7 @@ what stands here is a reconstruction. The README says how to install Isaac Lab (
 
 --policy gaussian is the baseline that the paper argues against: the same energy-based policy projected on a
 tanh-Gaussian by the reparameterised KL, as in soft actor-critic, with everything else equal.
-The README numbers the implementation details and explains every logged scalar.
+docs/ddpl_isaaclab.md numbers the implementation details, docs/runs.md explains the logged scalars.
 
 A team that has been trained is one small file, which --evaluate plays, and which Python loads:
 

@@ -17,7 +17,7 @@ what stands here is a reconstruction.
 
 --policy gaussian is the baseline that the paper argues against: the same energy-based policy projected on a
 tanh-Gaussian by the reparameterised KL, as in soft actor-critic, with everything else equal.
-The README numbers the implementation details and explains every logged scalar.
+docs/ddpl_mamujoco.md numbers the implementation details, docs/runs.md explains the logged scalars.
 
 A team that has been trained is one small file, which --evaluate plays, and which Python loads:
 

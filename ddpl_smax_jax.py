@@ -19,7 +19,7 @@ what stands here is a reconstruction. SMAX is from Rutherford et al., "JaxMARL",
 tanh-Gaussian by the reparameterised KL, as in soft actor-critic, with everything else equal.
 The names are those of ddpl_mamujoco.py, in PyTorch; random functions take a key first. Its --compile has no place here,
 where everything is compiled.
-The README numbers the implementation details and explains every logged scalar.
+docs/ddpl_smax_jax.md numbers the implementation details, docs/runs.md explains the logged scalars.
 
 A team that has been trained is one small file, which --evaluate plays, and which Python loads:
 

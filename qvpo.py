@@ -16,7 +16,7 @@ Optimization", NeurIPS 2024, arXiv 2405.16173. Where paper and official code dif
 6. Target networks follow; evaluation plays the best of 32 candidates.
 
 --preset paper has the published sizes, --preset laptop (the default) ones that two cores train in minutes.
-The README numbers the implementation details and explains every logged scalar.
+docs/qvpo.md numbers the implementation details and explains the logged scalars.
 
 To fork it for other tasks, rewrite make_env; for other weights of the candidates, q_weights. A copy under another name
 refuses this script's checkpoints.

@@ -1,4 +1,4 @@
-"""Collect finished runs into benchmark/results/<benchmark>/, plot them and print the README's tables.
+"""Collect finished runs into benchmark/results/<benchmark>/, plot them and print the pages' tables.
 
     python benchmark/results.py runs     # take the finished runs below runs/
     python benchmark/results.py          # only plot and print what is collected
@@ -122,7 +122,7 @@ def plot(task: Path) -> None:
 
 
 def table_rows(task: Path) -> list[str]:
-    """The README's rows of one task: final scores of every seed, their mean and interval, and the difference.
+    """The rows of a page of one task: final scores of every seed, their mean and interval, and the difference.
 
     The difference is that of the first and the last arm of ARMS; arms that ARMS does not name follow behind.
     """
@@ -172,7 +172,7 @@ def plot_success(task: Path) -> None:
 
 
 def success_rows(task: Path) -> list[str]:
-    """The README's rows: final success of every seed with mean, interval and difference; frames until 0.99."""
+    """The rows of a page: final success of every seed with mean, interval and difference; frames until 0.99."""
     rows, final = [], {}
     for arm in ARMS["isaaclab"]:
         for mode in ("deterministic", "stochastic"):

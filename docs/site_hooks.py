@@ -33,6 +33,7 @@ def on_files(files, config):
         name = path.relative_to(ROOT).as_posix()
         style = HtmlFormatter(full=True, title=name, linenos="inline", lineanchors="L", anchorlinenos=True)
         page = highlight(path.read_text(), PythonLexer(), style)
+        page = page.replace("<head>", '<head><link rel="icon" href="data:,">')  # or browsers ask for one
         ours.append(File.generated(config, f"{name}.html", content=page, inclusion=InclusionLevel.NOT_IN_NAV))
     return Files(of_theme + ours)
 
@@ -65,10 +66,9 @@ def beside_code(markdown):
         while not lines[first - 1]:
             first += 1
         code = "\n".join(lines[first - 1 : after - 1]).rstrip()
-        fence = f'```python linenums="{first}"\n{code}\n```'
-        parts.append(
-            f'<div class="annotated" markdown>\n<div markdown>\n\n{note}\n</div>\n<div markdown>\n\n{fence}\n\n</div>\n</div>\n'
-        )
+        code = f'```python linenums="{first}"\n{code}\n```'
+        columns = "".join(f"<div markdown>\n\n{column}\n\n</div>\n" for column in (note, code))
+        parts.append(f'<div class="annotated" markdown>\n{columns}</div>\n')
     return "\n".join(parts)
 
 
