@@ -9,7 +9,7 @@ says how to install it.
     torchrun --nproc-per-node 2 ddpl_isaaclab.py    # two processes, each with environments of its own
 
 1. Every agent acts with its own T-step diffusion policy pi_i(a_i | o_i); transitions go to a replay buffer.
-2. Twin critics learn Q(s, a_1..a_N) of the team reward; the target's next actions are drawn from the policies.
+2. Central critics learn Q(s, a_1..a_N) of the team reward; the target's next actions are drawn from the policies.
 3. Agent i's local critic Q_i(o_i, a_i) learns what of Q agent i can know: the mean over the rest of s and a_-i ~ pi_-i.
 4. Per state and agent, M actions are proposed from a mixture of known density q: uniform, and kernels around pi_i,
    and weighed by w = exp(Q_i(o_i, a_i) / temperature_i) / q(a_i), which estimates the energy-based policy.
@@ -114,6 +114,10 @@ class Algorithm:
     """Learning rate of the central critics."""
     actor_lr: float = 3e-3
     """Learning rate of the policies and of the diffusion policies' local critics."""
+    num_critics: int = 4
+    """K, central critics; the policies climb their mean."""
+    pessimism: float = 0.6
+    """How many of the critics' standard deviations the target lies below their mean."""
     critic_hidden: int = 128
     """Width of the central critics' two hidden layers."""
     actor_hidden: int = 128
@@ -418,38 +422,42 @@ def make_policy(
     return DiffusionPolicy(stack, obs_size, action_size, args.actor_hidden, args.denoising_steps, mask)
 
 
-class TwinCritic(nn.Module):
-    """Two centralised critics Q(s, a_1..a_N) of the team reward."""
+class CriticEnsemble(nn.Module):
+    """K centralised critics Q_k(s, a_1..a_N) of the team reward. Their mean is Q; how they differ, how sure it is."""
 
-    def __init__(self, state_size: int, num_agents: int, action_size: int, hidden: int):
+    def __init__(self, num_critics: int, state_size: int, num_agents: int, action_size: int, hidden: int):
         super().__init__()
-        self.state = StackedLinear(2, state_size, hidden)
-        self.actions = stacked_weight(2, num_agents * action_size, hidden)
-        self.hidden = StackedLinear(2, hidden, hidden)
-        self.value = StackedLinear(2, hidden, 1)
+        self.state = StackedLinear(num_critics, state_size, hidden)
+        self.actions = stacked_weight(num_critics, num_agents * action_size, hidden)
+        self.hidden = StackedLinear(num_critics, hidden, hidden)
+        self.value = StackedLinear(num_critics, hidden, 1)
 
     def forward(self, state: Tensor, actions: Tensor) -> Tensor:
-        """Values [2, B] of states [B, S] and joint actions [N, B, D]."""
-        state, joint = (x.expand(2, -1, -1) for x in (state, actions.transpose(0, 1).flatten(1)))
+        """Values [K, B] of states [B, S] and joint actions [N, B, D]."""
+        num_critics = len(self.actions)
+        state, joint = (x.expand(num_critics, -1, -1) for x in (state, actions.transpose(0, 1).flatten(1)))
         hidden = F.relu(affine(joint, self.actions, self.state(state)))
         return self.value(F.relu(self.hidden(hidden))).squeeze(-1)
 
     @torch.no_grad()
     def score(self, state: Tensor, actions: Tensor, candidates: Tensor) -> Tensor:
-        """Q1 [N, M, B] at states [B, S] where agent i plays each of its candidates [N, M, B, D].
+        """Values [N, M, B] at states [B, S] where agent i plays each of its candidates [N, M, B, D].
 
-        The others play their actions [N, B, D]. The candidates of a state share the first layer but for the agent's own
-        action, so it costs next to nothing.
+        The others play their actions [N, B, D]. Each critic scores its share of the states, B / K of them: what is
+        fitted to the scores learns the critics' mean, at the price of one. The candidates of a state share the first
+        layer but for the agent's own action, so it costs next to nothing.
         """
-        num_agents, num_candidates, batch_size, action_size = candidates.shape
-        joint = actions.transpose(0, 1).flatten(1)
-        own = self.actions[0].view(num_agents, action_size, -1)  # the columns of each agent's own action
-        shared = affine(state, self.state.weight[0], self.state.bias[0]) + joint @ self.actions[0]  # [B, H]
-        others = shared - actions @ own  # [N, B, H]
-        hidden = (candidates.flatten(1, 2) @ own).view(num_agents, num_candidates, batch_size, -1)
-        hidden = hidden.add_(others[:, None]).relu_().flatten(0, 2)
-        hidden = affine(hidden, self.hidden.weight[0], self.hidden.bias[0]).relu_()
-        return (hidden @ self.value.weight[0] + self.value.bias[0]).view(candidates.shape[:3])
+        num_critics, (num_agents, num_candidates) = len(self.actions), candidates.shape[:2]
+        joint = actions.transpose(0, 1).flatten(1).unflatten(0, (num_critics, -1))  # [K, B / K, N * D]
+        actions = actions.unflatten(1, (num_critics, -1)).transpose(0, 1)  # [K, N, B / K, D]
+        candidates = candidates.unflatten(2, (num_critics, -1)).permute(2, 0, 1, 3, 4)  # [K, N, M, B / K, D]
+        own = self.actions.unflatten(1, (num_agents, -1))  # [K, N, D, H], the columns of each agent's own action
+        shared = affine(joint, self.actions, self.state(state.unflatten(0, (num_critics, -1))))
+        others = shared[:, None] - actions @ own  # [K, N, B / K, H]
+        hidden = (candidates.flatten(2, 3) @ own).unflatten(2, (num_candidates, -1))  # [K, N, M, B / K, H]
+        hidden = hidden.add_(others[:, :, None]).relu_().flatten(1, 3)
+        values = self.value(self.hidden(hidden).relu_()).view(candidates.shape[:4])
+        return values.permute(1, 2, 0, 3).flatten(2)
 
 
 class LocalCritic(nn.Module):
@@ -589,8 +597,9 @@ class Learner(nn.Module):
         if args.policy == "diffusion":
             self.local_critic = LocalCritic(stack, obs_size, action_size, args.local_critic_hidden)
         self.average_policy = deepcopy(self.policy).requires_grad_(False)
-        self.critic = TwinCritic(state_size, num_agents, action_size, args.critic_hidden)
-        self.target_critic = TwinCritic(state_size, num_agents, action_size, args.critic_hidden)
+        sizes = args.num_critics, state_size, num_agents, action_size, args.critic_hidden
+        self.critic = CriticEnsemble(*sizes)
+        self.target_critic = CriticEnsemble(*sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_temperature = nn.Parameter(torch.full((num_agents,), math.log(args.init_temperature)))
         self.register_buffer("mask", mask, persistent=False)
@@ -625,9 +634,14 @@ def update(learner: Learner, batch: "Batch") -> dict[str, Tensor]:
 
 
 def update_critic(learner: Learner, batch: "Batch", next_actions: Tensor) -> dict[str, Tensor]:
-    """Move both critics to r + gamma (1 - terminated) min_k Q'_k(s', a'); a truncated episode bootstraps."""
+    """Move each critic to r + gamma (1 - terminated) Q'(s', a'); a truncated episode bootstraps.
+
+    Q' lies below the target critics' mean by `pessimism` of their standard deviations: two critics and 0.71 make it the
+    smaller of two, as in clipped double Q-learning (Fujimoto et al. 2018).
+    """
     with torch.no_grad():
-        next_value = learner.target_critic(batch.next_state, next_actions).min(0).values
+        next_q = learner.target_critic(batch.next_state, next_actions)
+        next_value = next_q.mean(0) - learner.args.pessimism * next_q.std(0)
         target = batch.reward + learner.args.gamma * (1 - batch.terminated) * next_value
     q = learner.critic(batch.state, batch.actions)
     loss = (q - target).square().mean(1).sum()
@@ -706,7 +720,7 @@ def update_gaussian(learner: Learner, state: Tensor, obs: Tensor) -> dict[str, T
     """
     temperature = learner.log_temperature.detach().exp()
     actions, log_prob = learner.policy.rsample(obs)
-    loss = ((temperature[:, None] * log_prob).sum(0) - learner.critic(state, actions)[0]).mean()
+    loss = ((temperature[:, None] * log_prob).sum(0) - learner.critic(state, actions).mean(0)).mean()
     take_step(learner.policy_optimizer, loss)
     entropy = -log_prob.detach().mean(1)
     num_dimensions = learner.mask.sum(-1)
@@ -1240,6 +1254,10 @@ def check_args(args: Args) -> None:
     require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
     require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
     require(args, "average_decay", 0 <= args.average_decay < 1, "a number from 0 to below 1")
+    require(args, "num_critics", args.num_critics > 1, "at least 2")
+    require(args, "pessimism", 0 <= args.pessimism < math.inf, "a number of at least 0")
+    shares = args.policy == "gaussian" or args.actor_batch_size % args.num_critics == 0
+    require(args, "actor_batch_size", shares, f"a multiple of --num-critics, {args.num_critics}")
     require(args, "init_temperature", 1e-6 <= args.init_temperature <= 1e6, "a number from 1e-6 to 1e6")
     entropies = "a number from -10 to below 0.69, the uniform policy's entropy"
     require(args, "target_entropy", -10 <= args.target_entropy < math.log(2), entropies)

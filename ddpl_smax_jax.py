@@ -7,7 +7,7 @@ what stands here is a reconstruction. SMAX is from Rutherford et al., "JaxMARL",
     python ddpl_smax_jax.py --map-name 3m
 
 1. Every agent acts with its own T-step diffusion policy pi_i(a_i | o_i); transitions go to a replay buffer.
-2. Twin critics learn Q(s, a_1..a_N) of the team reward; the target's next actions are drawn from the policies.
+2. Central critics learn Q(s, a_1..a_N) of the team reward; the target's next actions are drawn from the policies.
 3. Agent i's local critic Q_i(o_i, a_i) learns what of Q agent i can know: the mean over the rest of s and a_-i ~ pi_-i.
 4. Per state and agent, M actions are proposed from a mixture of known density q: uniform, and kernels around pi_i,
    and weighed by w = exp(Q_i(o_i, a_i) / temperature_i) / q(a_i), which estimates the energy-based policy.
@@ -142,6 +142,10 @@ class Algorithm:
     """Learning rate of the central critics."""
     actor_lr: float = 3e-3
     """Learning rate of the policies and of the diffusion policies' local critics."""
+    num_critics: int = 4
+    """K, central critics; the policies climb their mean."""
+    pessimism: float = 0.6
+    """How many of the critics' standard deviations the target lies below their mean."""
     critic_hidden: int = 128
     """Width of the central critics' two hidden layers."""
     actor_hidden: int = 128
@@ -445,8 +449,8 @@ class GaussianPolicy(NamedTuple):
         return jnp.where(deterministic, jnp.tanh(mean), actions)
 
 
-class TwinCritic(NamedTuple):
-    """Two centralised critics Q(s, a_1..a_N) of the team reward."""
+class CriticEnsemble(NamedTuple):
+    """K centralised critics Q_k(s, a_1..a_N) of the team reward. Their mean is Q; how they differ, how sure it is."""
 
     state: StackedLinear
     actions: Array
@@ -454,34 +458,38 @@ class TwinCritic(NamedTuple):
     value: StackedLinear
 
     @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, state_size: int) -> "TwinCritic":
-        hidden = args.critic_hidden
+    def create(cls, key: Array, args: Args, num_agents: int, state_size: int) -> "CriticEnsemble":
+        num_critics, hidden = args.num_critics, args.critic_hidden
         keys = jax.random.split(key, 4)
         return cls(
-            StackedLinear.create(keys[0], 2, state_size, hidden),
-            stacked_weight(keys[1], 2, num_agents * ACTION_SIZE, hidden),
-            StackedLinear.create(keys[2], 2, hidden, hidden),
-            StackedLinear.create(keys[3], 2, hidden, 1),
+            StackedLinear.create(keys[0], num_critics, state_size, hidden),
+            stacked_weight(keys[1], num_critics, num_agents * ACTION_SIZE, hidden),
+            StackedLinear.create(keys[2], num_critics, hidden, hidden),
+            StackedLinear.create(keys[3], num_critics, hidden, 1),
         )
 
     def __call__(self, state: Array, actions: Array) -> Array:
-        """Values [2, B] of states [B, S] and joint actions [N, B, D]."""
+        """Values [K, B] of states [B, S] and joint actions [N, B, D]."""
         hidden = relu(self.state(state) + joint(actions) @ self.actions)
         return self.value(relu(self.hidden(hidden)))[..., 0]
 
     def score(self, state: Array, actions: Array, candidates: Array) -> Array:
-        """Q1 [N, M, B] at states [B, S] where agent i plays each of its candidates [N, M, B, D].
+        """Values [N, M, B] at states [B, S] where agent i plays each of its candidates [N, M, B, D].
 
-        The others play their actions [N, B, D]. The candidates of a state share the first layer but for the agent's own
-        action, so it costs next to nothing.
+        The others play their actions [N, B, D]. Each critic scores its share of the states, B / K of them: what is
+        fitted to the scores learns the critics' mean, at the price of one. The candidates of a state share the first
+        layer but for the agent's own action, so it costs next to nothing.
         """
-        first = StackedLinear(*(leaf[0] for leaf in self.state))
-        second = StackedLinear(*(leaf[0] for leaf in self.hidden))
-        last = StackedLinear(*(leaf[0] for leaf in self.value))
-        own = self.actions[0].reshape(len(actions), ACTION_SIZE, -1)  # the columns of each agent's own action
-        shared = first(state) + joint(actions) @ self.actions[0] - actions @ own  # [N, B, H]
-        hidden = relu(shared[:, None] + candidates @ own[:, None])
-        return last(relu(second(hidden)))[..., 0]
+        num_critics, num_agents = len(self.actions), len(actions)
+        own = self.actions.reshape(num_critics, num_agents, ACTION_SIZE, -1)  # the columns of each agent's own action
+
+        def share(critic: CriticEnsemble, own: Array, state: Array, actions: Array, candidates: Array) -> Array:
+            shared = critic.state(state) + joint(actions) @ critic.actions - actions @ own  # [N, B / K, H]
+            hidden = relu(shared[:, None] + candidates @ own[:, None])
+            return critic.value(relu(critic.hidden(hidden)))[..., 0]
+
+        parts = (jnp.stack(jnp.split(x, num_critics, axis)) for x, axis in ((state, 0), (actions, 1), (candidates, 2)))
+        return jnp.concatenate([*jax.vmap(share)(self, own, *parts)], axis=-1)
 
 
 def joint(actions: Array) -> Array:
@@ -532,8 +540,8 @@ class Learner(NamedTuple):
 
     policy: DiffusionPolicy | GaussianPolicy
     average_policy: DiffusionPolicy | GaussianPolicy
-    critic: TwinCritic
-    target_critic: TwinCritic
+    critic: CriticEnsemble
+    target_critic: CriticEnsemble
     local_critic: LocalCritic | None
     log_temperature: Array
     optimizers: dict[str, Any]
@@ -546,7 +554,7 @@ class Learner(NamedTuple):
         stack = 1 if args.shared_policy else num_agents
         learned = {
             "policy": policy_class.create(policy_key, args, stack, obs_size),
-            "critic": TwinCritic.create(critic_key, args, num_agents, state_size),
+            "critic": CriticEnsemble.create(critic_key, args, num_agents, state_size),
             "local_critic": LocalCritic.create(local_critic_key, args, stack, obs_size) if diffusion else None,
             "log_temperature": jnp.full(num_agents, math.log(args.init_temperature)),
         }
@@ -585,11 +593,16 @@ def update(
 
 
 def update_critic(learner: Learner, batch: "Batch", next_actions: Array, args: Args) -> tuple[Learner, Metrics]:
-    """Move both critics to r + gamma (1 - terminated) min_k Q'_k(s', a'); a truncated episode bootstraps."""
-    next_value = learner.target_critic(batch.next_state, next_actions).min(0)
+    """Move each critic to r + gamma (1 - terminated) Q'(s', a'); a truncated episode bootstraps.
+
+    Q' lies below the target critics' mean by `pessimism` of their standard deviations: two critics and 0.71 make it the
+    smaller of two, as in clipped double Q-learning (Fujimoto et al. 2018).
+    """
+    next_q = learner.target_critic(batch.next_state, next_actions)
+    next_value = next_q.mean(0) - args.pessimism * next_q.std(0, ddof=1)
     target = batch.reward + args.gamma * (1 - batch.terminated) * next_value
 
-    def squared_error(critic: TwinCritic) -> tuple[Array, Array]:
+    def squared_error(critic: CriticEnsemble) -> tuple[Array, Array]:
         q = critic(batch.state, batch.actions)
         return ((q - target) ** 2).mean(1).sum(), q
 
@@ -686,7 +699,7 @@ def update_gaussian(
 
     def divergence(policy: GaussianPolicy) -> tuple[Array, Array]:
         actions, log_prob = policy.rsample(key, obs)
-        q = learner.critic(state, actions * alive[..., None])[0]
+        q = learner.critic(state, actions * alive[..., None]).mean(0)
         return ((temperature[:, None] * log_prob * alive).sum(0) - q).mean(), log_prob
 
     (loss, log_prob), gradient = jax.value_and_grad(divergence, has_aux=True)(learner.policy)
@@ -1239,6 +1252,10 @@ def check_args(args: Args) -> None:
     require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
     require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
     require(args, "average_decay", 0 <= args.average_decay < 1, "a number from 0 to below 1")
+    require(args, "num_critics", args.num_critics > 1, "at least 2")
+    require(args, "pessimism", 0 <= args.pessimism < math.inf, "a number of at least 0")
+    shares = args.policy == "gaussian" or args.actor_batch_size % args.num_critics == 0
+    require(args, "actor_batch_size", shares, f"a multiple of --num-critics, {args.num_critics}")
     require(args, "init_temperature", 1e-6 <= args.init_temperature <= 1e6, "a number from 1e-6 to 1e6")
     entropies = "a number from -10 to below 0.69, the uniform policy's entropy"
     require(args, "target_entropy", -10 <= args.target_entropy < math.log(2), entropies)

@@ -143,8 +143,10 @@ def critics(run_dir: Path) -> None:
     discounts = jnp.cumprod(jnp.full(playing.shape[1], args.gamma)) / args.gamma
     gains = after.reward * playing * discounts
     returns = np.asarray(gains[:, ::-1].cumsum(1)[:, ::-1] / discounts)[playing]
-    obs, state, actions = (jnp.asarray(np.asarray(x)[playing]) for x in (obs, state, actions))  # [B, ...]
-    q = np.asarray(learner.critic(state, actions.swapaxes(0, 1)).min(0))
+    whole = len(returns) // args.num_critics * args.num_critics  # the critics share the states out evenly
+    obs, state, actions = (jnp.asarray(np.asarray(x)[playing][:whole]) for x in (obs, state, actions))  # [B, ...]
+    returns = returns[:whole]
+    q = np.asarray(learner.critic(state, actions.swapaxes(0, 1)).mean(0))
     error = np.corrcoef(q, returns)[0, 1], (q - returns).mean(), (q - returns).std(), returns.std()
     print("Q and return: correlation {:.2f}, bias {:+.3f}, deviation {:.3f}, of the returns {:.3f}".format(*error))
 
