@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 SCRIPTS = ("ddpl_mpe", "ddpl_mamujoco", "ddpl_smax_jax", "ddpl_isaaclab", "qvpo", "sac", "bang_bang")
 ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mpe": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "mpe_long": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mamujoco": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab": {"diffusion": "tab:blue", "gaussian": "tab:orange"},

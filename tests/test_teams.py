@@ -22,6 +22,24 @@ MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
 OBS = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize(
+    "script, name, random, trained",
+    [(ddpl_mpe, "simple_spread_v3", -25.4, -14), (ddpl_mamujoco, "HalfCheetah_2x3", -284, 2500)],
+    ids=["mpe", "mamujoco"],
+)
+def test_the_trained_teams_play(script, name, random, trained):
+    """Far better than random play, and so in the way that the script's docstring loads them."""
+    assert f'load_team("benchmark/teams/{name}.safetensors")' in script.__doc__
+    policy, args = script.load_team(TEAMS / f"{name}.safetensors")
+    returns = script.evaluate(policy, args, 40 if script is ddpl_mpe else 2, True, seed=1)
+    assert returns.mean() > trained > random
+
+
+def test_the_trained_teams_are_small():
+    sizes = [path.stat().st_size for path in TEAMS.glob("*.safetensors")]
+    assert len(sizes) == 4 and max(sizes) < 300_000
+
+
 def team(script, folder, stack=2, **options):
     """A team's file in the folder, of two agents that nobody trained; returns its arguments and policies."""
     args = script.Args(actor_hidden=8, denoising_steps=3, **options)
