@@ -195,7 +195,9 @@ def compared() -> dict[str, list[comparison.Task]]:
     """The tasks on which diffusion and Gaussian policies are compared, by benchmark, and all of them."""
     zeros = {row["task"]: float(row["return_mean"]) for row in csv.DictReader(open(RESULTS / "random.csv"))}
     groups = {}
-    for benchmark in ("mpe", "mamujoco", "smax", "isaaclab"):
+    for benchmark in ("mpe", "mpe_long", "mamujoco", "smax", "isaaclab"):
+        if not (RESULTS / benchmark).exists():
+            continue
         tasks = []
         for folder in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
             name = f"{benchmark}/{folder.name}"

@@ -213,15 +213,25 @@ def collected(run: Run, results: Path) -> Iterator[tuple[Path, str]]:
 
 
 def collect(runs: Sequence[Run], results: Path) -> None:
-    """Copy the results of runs that are done, with their origins, all of a task in one origins.json."""
+    """Copy the results of runs that are done, with their origins, all of a task in one origins.json.
+
+    What a task has without an origin makes room for them: it may be from another budget.
+    """
     for run in runs:
-        for path, text in collected(run, results):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        path = results / run.task / "origins.json"
+        origin = json.loads((run.folder / "origin.json").read_text())
+        folder = results / run.task
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "origins.json"
         origins = json.loads(path.read_text()) if path.exists() else {}
-        origins[f"{run.arm}_{run.seed}"] = json.loads((run.folder / "origin.json").read_text())
+        for csv, text in collected(run, results):
+            csv.write_text(text)
+            origins[csv.stem] = origin
         path.write_text(json.dumps(dict(sorted(origins.items())), indent=1) + "\n")
+    for folder in {results / run.task for run in runs}:
+        origins = json.loads((folder / "origins.json").read_text())
+        for csv in folder.glob("*.csv"):
+            if csv.stem not in origins:
+                csv.unlink()
 
 
 def main(args: Args) -> None:

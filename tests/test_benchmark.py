@@ -86,7 +86,12 @@ def check_results(task, names):
 
 
 def test_a_list_is_run_resumed_and_collected():
-    """A worker killed in the middle: tried again from its checkpoint, with the numbers of a run never killed."""
+    """A worker killed in the middle: tried again from its checkpoint, with the numbers of a run never killed.
+
+    Results of the task without an origin make room.
+    """
+    Path(f"results/{SPREAD}").mkdir(parents=True)
+    Path(f"results/{SPREAD}/diffusion_9.csv").write_text("from before")
     process = start(SPREAD)
     kill_in_the_middle(f"runs/benchmark/{SPREAD}/diffusion_1")
     printed = finish(process)
