@@ -86,13 +86,6 @@ def error_of(script, given=(), **options):
     return message
 
 
-def error_about(script, **options):
-    """The same, where the first option is wrong: it is named with what it must be, and no run folder is left."""
-    name, *_ = options
-    message = error_of(script, **options)
-    assert f"--{name.replace('_', '-')}" in message and "must be" in message and not Path("runs").exists()
-
-
 def recorded(script, monkeypatch, **options):
     """What train adds to its replay buffer, as one Batch of [steps, copies, ...]."""
     added, add = [], script.ReplayBuffer.add

@@ -1,17 +1,13 @@
-"""bang_bang.py: its distributions, advantages and normalisation, its loop on real tasks, its run folders."""
+"""bang_bang.py: its distributions, advantages and normalisation, its loop on real tasks."""
 
-import contextlib
-import csv
-import json
 import math
-import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import OnMeta, checkpoint_of, equal, error_about, error_of, kill_and_resume
+from helpers import OnMeta, checkpoint_of, error_of
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
@@ -368,22 +364,6 @@ def test_terminations_say_so(monkeypatch):
     assert 10 < rows.terminated.sum() < 400 and torch.equal(rows.terminated, rows.ended)
 
 
-@pytest.mark.parametrize("options", HEADS, ids=str)
-def test_run_folder_and_result(options):
-    result = train(Args(**SMALL, num_envs=3, action_cost=0.01, **options))
-    assert result["global_step"] == 900 and len(result["episodic_returns"]) == 3
-    run_dir = Path(result["run_dir"])
-    assert run_dir.name.startswith("bang_bang__Pendulum-v1__1__") and list(run_dir.glob("events.out.tfevents*"))
-    rows = list(csv.DictReader(open(run_dir / "evaluations.csv")))
-    assert [(row["global_step"], row["mode"]) for row in rows] == [
-        (step, mode) for step in ("300", "600", "900") for mode in ("stochastic", "deterministic")
-    ]
-    last = {name: float(value) for name, value in rows[-1].items() if name != "mode"}
-    assert last["return_mean"] == pytest.approx(result["final_return"]) and last["episodes"] == 3
-    assert last["return_mean"] <= last["return_without_cost"] <= 0 and 0 <= last["switching_rate"] <= 1
-    assert last["saturation"] == 1 if options["policy"] == "bernoulli" else 0 <= last["saturation"] <= 1
-
-
 def test_learning_rate_falls_to_zero(monkeypatch):
     """In double precision: single would change the last bits of every step."""
     rates, adam = [], bang_bang.adam
@@ -403,58 +383,6 @@ def test_every_start_after_a_checkpoint_is_another_and_all_is_counted(monkeypatc
     assert statistics[2] == pytest.approx(900, abs=1e-3) and statistics[5] == pytest.approx(900, abs=1e-3)
 
 
-def test_same_seed_same_run_and_other_seed_another():
-    first, again, other = (checkpoint_of(train(Args(**SMALL, seed=seed))) for seed in (1, 1, 2))
-    assert equal(first["learner"], again["learner"]) and not equal(first["normalizer"], other["normalizer"])
-
-
-def test_evaluation_does_not_disturb_training():
-    often, rarely = (checkpoint_of(train(Args(**SMALL | dict(eval_interval=n)))) for n in (100, 900))
-    assert equal(often["learner"], rarely["learner"]) and equal(often["normalizer"], rarely["normalizer"])
-
-
-def test_a_signal_ends_the_run_at_once_and_says_what_is_saved():
-    class AtStep(list):
-        """A signal that arrives after that many environment steps."""
-
-        def __bool__(self):
-            self[0] -= 1
-            return self[0] < 0
-
-    with pytest.raises(bang_bang.Stopped) as stopped:
-        train(Args(**SMALL), signals=AtStep([642]))
-    (run_dir,) = Path("runs").iterdir()
-    said = f"stopped at step 642; the last checkpoint is from step 600; go on with --resume {run_dir}"
-    assert str(stopped.value) == said and checkpoint_of({"run_dir": run_dir})["progress"]["global_step"] == 600
-
-
-def test_killed_and_resumed_equals_never_killed():
-    """On a task whose episodes end at different times; the statistics survive, too."""
-    options = SMALL | dict(env_id="Hopper-v5", num_envs=2, total_timesteps=4_000, update_epochs=10, num_minibatches=10)
-    kill_and_resume(bang_bang, kill_at=(800, 2000), **options)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run."""
-    with contextlib.chdir(tmp_path_factory.mktemp("finished")):
-        return Path(train(Args(**SMALL))["run_dir"]).absolute()
-
-
-def test_resuming_a_finished_run_repeats_its_result(finished):
-    before = json.loads((finished / "result.json").read_text())
-    assert train(Args(resume=str(finished)))["episodic_returns"] == before["episodic_returns"]
-
-
-def test_evaluate_prints_returns_and_films(finished, capsys):
-    bang_bang.main(Args(evaluate=str(finished), final_eval_episodes=5, seed=7, capture_video=True))
-    printed = capsys.readouterr().out
-    for word in ("stochastic", "deterministic", "5 episodes", "saturation 1.00", "switching_rate"):
-        assert word in printed
-    for mode in ("stochastic", "deterministic"):
-        assert (finished / f"{mode}.gif").read_bytes()[:3] == b"GIF"
-
-
 # ---- bad input
 
 
@@ -462,75 +390,6 @@ def test_evaluate_prints_returns_and_films(finished, capsys):
 def test_unfit_tasks(env_id, why):
     message = error_of(bang_bang, env_id=env_id)
     assert "--env-id" in message and why in message and "Hopper-v5" in message and not Path("runs").exists()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(num_envs=0),
-        dict(total_timesteps=-5),
-        dict(bins=1),
-        dict(num_steps=0),
-        dict(num_minibatches=2048),
-        dict(seed=-1),
-        dict(gamma=1.5),
-        dict(gae_lambda=-0.1),
-        dict(learning_rate=float("nan")),
-        dict(clip_coef=0.0),
-        dict(action_cost=-0.1),
-        dict(action_cost=1e300),
-        dict(ent_coef=1e300),
-        dict(vf_coef=float("inf")),
-        dict(bins=1001),
-        dict(num_minibatches=25, num_steps=101),  # twenty of five steps and one of one step, which has no deviation
-        dict(checkpoint_interval=0),
-    ],
-    ids=str,
-)
-def test_invalid_numbers(options):
-    error_about(bang_bang, **options)
-
-
-@pytest.mark.parametrize(
-    "name, choices",
-    [("policy", bang_bang.POLICIES), ("squash", ("clip", "tanh")), ("action_cost_form", ("l1", "l2"))],
-)
-def test_invalid_choices_are_listed(name, choices, monkeypatch, capsys):
-    """To who calls train, and on the command line."""
-    error_about(bang_bang, **{name: "best"})
-    assert all(choice in error_of(bang_bang, **{name: "best"}) for choice in choices)
-    monkeypatch.setattr(sys, "argv", ["bang_bang.py", f"--{name.replace('_', '-')}=best"])
-    with pytest.raises(SystemExit):
-        bang_bang.read_command_line()
-    printed = capsys.readouterr().err
-    assert all(choice in printed for choice in choices)
-
-
-@pytest.mark.parametrize("flag", ["resume", "evaluate"])
-def test_run_folders_that_cannot_be_used(flag, finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(finished.parent.parent)
-    assert finished.name in error_of(bang_bang, **{flag: "runs/nothing_here"})
-    (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:5000])
-    assert "damaged" in error_of(bang_bang, **{flag: str(tmp_path)})
-    assert "ran with --policy bernoulli" in error_of(bang_bang, **{flag: str(finished), "policy": "gaussian"})
-
-
-@pytest.mark.parametrize("index, value", [(1, -1e-3), (2, 0.0), (4, -1.0), (5, -1.0)])
-def test_impossible_statistics(index, value, finished, tmp_path):
-    """Negative variances and counts that are not positive are of the right shape and type."""
-    contents = torch.load(finished / "checkpoint.pt", weights_only=True)
-    contents["normalizer"]["statistics"][index].fill_(value)
-    torch.save(contents, tmp_path / "checkpoint.pt")
-    for flag in ("resume", "evaluate"):
-        assert "damaged" in error_of(bang_bang, **{flag: str(tmp_path)})
-
-
-def test_nan_in_an_evaluation(finished, monkeypatch):
-    """A policy cannot draw from it."""
-    reset = ActionCost.reset
-    monkeypatch.setattr(ActionCost, "reset", lambda self, **options: (reset(self, **options)[0] * np.nan, {}))
-    message = error_of(bang_bang, evaluate=str(finished))
-    assert "an observation of Pendulum-v1 is NaN or infinite in an evaluation" in message
 
 
 def test_statistics_that_overflow_reach_no_checkpoint(monkeypatch):
@@ -546,10 +405,6 @@ def test_statistics_that_overflow_reach_no_checkpoint(monkeypatch):
     (checkpoint,) = Path("runs").glob("*/checkpoint.pt")
     contents = torch.load(checkpoint, weights_only=True)
     assert all(value.isfinite().all() for value in contents["normalizer"]["statistics"])
-
-
-def test_diverging_run_says_where():
-    assert "is NaN or infinite at step" in error_of(bang_bang, **SMALL | dict(learning_rate=1e30))
 
 
 # ---- learning

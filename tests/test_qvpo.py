@@ -1,10 +1,8 @@
-"""qvpo.py: its maths, its update against the published procedure, its loop on real Gymnasium tasks, its run folders."""
+"""qvpo.py: its maths, its update against the published procedure, its loop on real Gymnasium tasks, its presets."""
 
 import contextlib
-import csv
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import OnMeta, checkpoint_of, equal, error_about, error_of, kill_and_resume, recorded
+from helpers import OnMeta, checkpoint_of, equal, error_of, recorded
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
@@ -360,22 +358,7 @@ def test_terminated_transitions_say_so(monkeypatch):
     assert torch.equal(continues, ~(rows.terminated[:-1].bool() | checkpoints))
 
 
-# ---- run folders
-
-
-def test_run_folder_and_result():
-    result = train(Args(**SMALL, num_envs=3))
-    assert result["global_step"] == 900 and len(result["episodic_returns"]) == 3
-    assert result["final_return"] == pytest.approx(np.mean(result["episodic_returns"]))
-    run_dir = Path(result["run_dir"])
-    assert run_dir.name.startswith("qvpo__Pendulum-v1__1__")
-    assert json.loads((run_dir / "result.json").read_text())["final_return"] == result["final_return"]
-    assert json.loads((run_dir / "args.json").read_text())["target_candidates"] == 2  # the preset's, written down
-    rows = list(csv.DictReader(open(run_dir / "evaluations.csv")))
-    assert [(row["global_step"], row["mode"]) for row in rows] == [
-        (step, mode) for step in ("300", "600", "900") for mode in ("stochastic", "deterministic")
-    ]
-    assert list(run_dir.glob("events.out.tfevents*"))
+# ---- presets
 
 
 def test_presets_fill_in_what_flags_leave_open():
@@ -385,64 +368,14 @@ def test_presets_fill_in_what_flags_leave_open():
     assert qvpo.PRESETS["laptop"].keys() == qvpo.PRESETS["paper"].keys()
 
 
-def test_same_seed_same_run_and_other_seed_another():
-    options = SMALL | dict(total_timesteps=300, final_eval_episodes=1)
-    first, again, other = (checkpoint_of(train(Args(**options, seed=seed))) for seed in (1, 1, 2))
-    assert equal(first["learner"], again["learner"]) and equal(first["buffer"], again["buffer"])
-    assert not torch.equal(first["buffer"]["data"][0][0], other["buffer"]["data"][0][0])
-
-
-def test_evaluation_does_not_disturb_training():
-    options = SMALL | dict(total_timesteps=400, eval_episodes=1, final_eval_episodes=1)
-    often, rarely = (checkpoint_of(train(Args(**options | dict(eval_interval=n, log_interval=n)))) for n in (100, 400))
-    assert equal(often["learner"], rarely["learner"])
-
-
-def test_killed_and_resumed_equals_never_killed():
-    """On a task whose episodes end at different times in its two copies."""
-    options = SMALL | dict(env_id="Hopper-v5", num_envs=2, total_timesteps=2_000, eval_interval=1_000)
-    kill_and_resume(qvpo, kill_at=(500, 1250), **options)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run."""
-    with contextlib.chdir(tmp_path_factory.mktemp("finished")):
-        return Path(train(Args(**SMALL))["run_dir"]).absolute()
-
-
-def test_resuming_a_finished_run_repeats_its_result(finished):
-    before = json.loads((finished / "result.json").read_text())
-    assert train(Args(resume=str(finished)))["episodic_returns"] == before["episodic_returns"]
-
-
-def test_evaluate_prints_returns_and_films(finished, capsys):
-    qvpo.main(Args(evaluate=str(finished), final_eval_episodes=5, seed=7, capture_video=True))
-    printed = capsys.readouterr().out
-    assert "stochastic" in printed and "deterministic" in printed and "5 episodes" in printed
-    for mode in ("stochastic", "deterministic"):
-        assert (finished / f"{mode}.gif").read_bytes()[:3] == b"GIF"
-
-
-def changed(finished, folder, **arguments):
-    """A folder with the finished run's checkpoint, in which these arguments stand."""
-    contents = torch.load(finished / "checkpoint.pt", weights_only=True)
-    contents["args"] |= arguments
-    torch.save(contents, folder / "checkpoint.pt")
-    return str(folder)
-
-
-@pytest.fixture
-def accepted(monkeypatch):
-    """The arguments of the runs that got as far as the training loop."""
-    runs = []
-    monkeypatch.setattr(qvpo, "training_loop", lambda args, *_: runs.append(args))
-    return runs
-
-
-def test_a_resumed_run_keeps_its_preset(finished, tmp_path, accepted):
+def test_a_resumed_run_keeps_its_preset(monkeypatch):
     """And the sizes that the preset had filled in. Flags may repeat them, but not ask for others."""
-    run_dir = changed(finished, tmp_path, preset="paper", behavior_candidates=5)
+    result, accepted = train(Args(**SMALL | dict(total_timesteps=150))), []
+    run_dir, contents = result["run_dir"], checkpoint_of(result)
+    assert json.loads(Path(run_dir, "args.json").read_text())["target_candidates"] == 2  # the preset's, written down
+    contents["args"] |= dict(preset="paper", behavior_candidates=5)
+    torch.save(contents, Path(run_dir, "checkpoint.pt"))
+    monkeypatch.setattr(qvpo, "training_loop", lambda args, *_: accepted.append(args))
     train(Args(resume=run_dir))
     train(Args(resume=run_dir, preset="paper", behavior_candidates=5), given=["preset", "behavior_candidates"])
     for args in accepted:
@@ -451,21 +384,6 @@ def test_a_resumed_run_keeps_its_preset(finished, tmp_path, accepted):
     assert "ran with --preset paper, not laptop" in error_of(qvpo, given=["preset"], resume=run_dir)
     assert "ran with --behavior-candidates 5, not 4" in error_of(qvpo, resume=run_dir, behavior_candidates=4)
     assert "ran with --hidden 16, not None" in error_of(qvpo, given=["hidden"], resume=run_dir)
-
-
-def test_a_signal_ends_the_run_at_once_and_says_what_is_saved():
-    class AtStep(list):
-        """A signal that arrives after that many environment steps."""
-
-        def __bool__(self):
-            self[0] -= 1
-            return self[0] < 0
-
-    with pytest.raises(qvpo.Stopped) as stopped:
-        train(Args(**SMALL), signals=AtStep([260]))
-    (run_dir,) = Path("runs").iterdir()
-    said = f"stopped at step 260; the last checkpoint is from step 250; go on with --resume {run_dir}"
-    assert str(stopped.value) == said and checkpoint_of({"run_dir": run_dir})["progress"]["global_step"] == 250
 
 
 # ---- bad input
@@ -500,74 +418,6 @@ def test_what_fails_inside_a_task_is_not_blamed_on_its_name(monkeypatch):
         make_env("Pendulum-v1")
 
 
-def test_a_module_is_imported_on_the_users_word_alone(finished, tmp_path, accepted, monkeypatch):
-    """gym.make imports what stands before a colon: not because a checkpoint says so."""
-    (tmp_path / "payload.py").write_text("open('imported', 'w').close()")
-    monkeypatch.syspath_prepend(tmp_path)
-    env_id = "payload:Pendulum-v1"
-    run_dir = changed(finished, tmp_path, env_id=env_id)
-    for flag in ("resume", "evaluate"):
-        assert env_id in error_of(qvpo, **{flag: run_dir})
-        assert env_id in error_of(qvpo, given=["seed"], **{flag: run_dir, "seed": 1})
-        assert not Path("imported").exists() and "payload" not in sys.modules
-    train(Args(resume=run_dir, env_id=env_id))
-    assert Path("imported").exists() and accepted[0].env_id == env_id
-    del sys.modules["payload"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(num_envs=0),
-        dict(total_timesteps=-5),
-        dict(batch_size=0),
-        dict(hidden=0),
-        dict(denoising_steps=0),
-        dict(num_candidates=1),
-        dict(seed=-1),
-        dict(gamma=1.5),
-        dict(tau=0.0),
-        dict(actor_lr=float("nan")),
-        dict(max_grad_norm=0.0),
-        dict(entropy_coefficient=-0.1),
-        dict(min_entropy_coefficient=1e300),
-        dict(checkpoint_interval=0),
-        dict(buffer_size=3, num_envs=4),
-        dict(batch_size=5, buffer_size=4),
-        dict(learning_starts=900, total_timesteps=900),
-        dict(hidden="wide"),
-        dict(hidden=128.0),
-        dict(policy_frequency=True),
-        dict(actor_lr="fast"),
-        dict(preset=["laptop"]),
-    ],
-    ids=str,
-)
-def test_invalid_numbers(options):
-    error_about(qvpo, **options)
-
-
-@pytest.mark.parametrize("name, choices", [("preset", ("laptop", "paper")), ("q_transform", ("qadv", "qcut"))])
-def test_invalid_choices_are_listed(name, choices, monkeypatch, capsys):
-    """To who calls train, and on the command line."""
-    error_about(qvpo, **{name: "best"})
-    assert all(choice in error_of(qvpo, **{name: "best"}) for choice in choices)
-    monkeypatch.setattr(sys, "argv", ["qvpo.py", f"--{name.replace('_', '-')}=best"])
-    with pytest.raises(SystemExit):
-        qvpo.read_command_line()
-    printed = capsys.readouterr().err
-    assert all(choice in printed for choice in choices)
-
-
-@pytest.mark.parametrize("flag", ["resume", "evaluate"])
-def test_run_folders_that_cannot_be_used(flag, finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(finished.parent.parent)
-    assert finished.name in error_of(qvpo, **{flag: "runs/nothing_here"})
-    (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:5000])
-    assert "damaged" in error_of(qvpo, **{flag: str(tmp_path)})
-    assert f"ran with --{'preset'} laptop" in error_of(qvpo, **{flag: str(finished), "preset": "paper"})
-
-
 def test_video_where_nothing_can_be_drawn(monkeypatch):
     def no_display(self):
         raise RuntimeError("no display")
@@ -575,19 +425,6 @@ def test_video_where_nothing_can_be_drawn(monkeypatch):
     monkeypatch.setattr("gymnasium.envs.classic_control.PendulumEnv.render", no_display)
     message = error_of(qvpo, **SMALL, capture_video=True)
     assert "--capture-video" in message and "MUJOCO_GL" in message and not Path("runs").exists()
-
-
-def test_nan_in_an_evaluation(finished, monkeypatch):
-    """A policy cannot choose by it."""
-    make = lambda *_: gym.wrappers.TransformObservation(make_env("Pendulum-v1"), lambda obs: obs * np.nan, None)  # noqa: E731
-    monkeypatch.setattr(qvpo, "make_env", make)
-    message = error_of(qvpo, evaluate=str(finished))
-    assert "an observation of Pendulum-v1 is NaN or infinite in an evaluation" in message
-
-
-@pytest.mark.parametrize("option", ["critic_lr", "actor_lr"])
-def test_diverging_run_says_where(option):
-    assert "is NaN or infinite at step" in error_of(qvpo, **SMALL | {option: 1e30, "log_interval": 10_000})
 
 
 # ---- learning

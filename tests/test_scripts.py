@@ -38,7 +38,7 @@ GAME = because(
     "Algorithm DiffusionPolicy GaussianPolicy Learner update update_critic update_local_critic "
     "update_diffusion update_gaussian train main",
 ) | because("not compiled: it is over before", "StackedLinear take_step")
-QVPO = because("another algorithm, with one agent", "DiffusionPolicy TwinCritic Learner update update_critic Batch")
+QVPO = because("another algorithm, with one agent", "DiffusionPolicy Learner update update_critic Batch")
 PPO = because(
     "another algorithm, without a replay buffer, its settings CleanRL's",
     "GaussianPolicy Learner update save_checkpoint restore Progress EVALUATION_COLUMNS",
@@ -145,9 +145,9 @@ def test_a_changed_line_is_noticed(one, other):
 @pytest.mark.parametrize("one, other", list(combinations(DDPL[:3], 2)), ids=lambda script: script.__name__)
 def test_the_three_benchmarks_learn_by_one_text(one, other):
     """Whatever the coordination game needs: the learner and its updates are the same where there are observations."""
-    algorithm = PURE | {"DiffusionPolicy", "GaussianPolicy", "TwinCritic", "LocalCritic", "Adam", "Learner", "update"}
+    algorithm = PURE | {"DiffusionPolicy", "GaussianPolicy", "CriticEnsemble", "LocalCritic", "Adam", "Learner"}
     algorithm |= {"update_critic", "update_local_critic", "update_diffusion", "update_gaussian", "update_temperature"}
-    algorithm |= {"compiled", "ReplayBuffer"}
+    algorithm |= {"update", "compiled", "ReplayBuffer"}
     assert algorithm <= definitions(one).keys() & definitions(other).keys()
     assert not algorithm & reasons(one, other).keys()
 

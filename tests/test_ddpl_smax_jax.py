@@ -33,7 +33,7 @@ SMALL = dict(total_timesteps=384, num_envs=8, learning_starts=64, log_interval=3
 SMALL |= dict(eval_interval=128, eval_episodes=2, final_eval_episodes=3, critic_hidden=16, actor_hidden=8)
 SMALL |= dict(local_critic_hidden=8, batch_size=16, actor_batch_size=8, denoising_steps=3, buffer_size=200)
 ONE_STEP = SMALL | dict(log_interval=8)  # of every battle in a chunk
-N, O, S, B = 3, 5, 7, 6  # noqa: E741, agents, sizes of observation and state, batch
+N, O, S, B = 3, 5, 7, 8  # noqa: E741, agents, sizes of observation and state, batch
 
 
 @pytest.fixture(autouse=True, scope="module")

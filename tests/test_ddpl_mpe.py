@@ -1,28 +1,20 @@
-"""The environment arrays, the replay buffer and the training loop of ddpl_mpe.py, on the real mpe2 tasks."""
+"""ddpl_mpe.py on the real mpe2 tasks: the environment arrays, the replay buffer, the training loop, unfit tasks."""
 
-import csv
-import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import checkpoint_of, equal
+from helpers import error_of
 from mpe2 import simple_spread_v3
 
 import ddpl_mpe
 from ddpl_mpe import Args, Batch, ReplayBuffer, VectorMPE, episode_seeds, evaluate, train
 
 SMALL = dict(total_timesteps=700, learning_starts=200, eval_interval=300, eval_episodes=2, final_eval_episodes=3)
-SMALL |= dict(
-    compile=False,
-    log_interval=100,
-    checkpoint_interval=200,
-    critic_hidden=32,
-    actor_hidden=16,
-    batch_size=32,
-    actor_batch_size=32,
-)
+SMALL |= dict(log_interval=100, checkpoint_interval=200, critic_hidden=32, actor_hidden=16, batch_size=32)
+SMALL |= dict(actor_batch_size=32, compile=False)
 TASKS = {  # task: observation sizes, action sizes
     "simple_spread_v3": ([18, 18, 18], [2, 2, 2]),
     "simple_reference_v3": ([21, 21], [12, 12]),
@@ -112,35 +104,37 @@ def test_replay_holds_true_next_observations(monkeypatch):
     np.testing.assert_allclose(velocity_after, 0.75 * velocity_before + 0.5 * force, atol=0.15)
 
 
-@pytest.mark.parametrize("env_id", TASKS)
-@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
-def test_run_folder_and_result(env_id, policy):
-    result = train(Args(**SMALL, env_id=env_id, policy=policy, num_envs=4))
-    assert result["global_step"] == 700 and len(result["episodic_returns"]) == 3
-    assert result["final_return"] == pytest.approx(np.mean(result["episodic_returns"]))
-    run_dir = ddpl_mpe.Path(result["run_dir"])
-    assert run_dir.name.startswith(f"ddpl_mpe__{env_id}__1__")
-    assert json.loads((run_dir / "result.json").read_text())["final_return"] == result["final_return"]
-    assert json.loads((run_dir / "args.json").read_text())["env_id"] == env_id
-    rows = list(csv.DictReader(open(run_dir / "evaluations.csv")))
-    assert [(row["global_step"], row["mode"]) for row in rows] == [
-        (step, mode) for step in ("300", "600", "700") for mode in ("stochastic", "deterministic")
-    ]
-    assert float(rows[-1]["return_mean"]) == pytest.approx(result["final_return"])
-    assert list(run_dir.glob("events.out.tfevents*"))
+# ---- unfit tasks
 
 
-def test_same_seed_same_run_and_other_seed_another():
-    first, again, other = (checkpoint_of(train(Args(**SMALL, seed=seed))) for seed in (1, 1, 2))
-    assert equal(first["learner"], again["learner"]) and equal(first["buffer"], again["buffer"])
-    assert not equal(first["learner"], other["learner"]) and not equal(first["buffer"], other["buffer"])
-    assert not torch.equal(first["buffer"]["data"][0][0], other["buffer"]["data"][0][0])  # other episodes, too
+def test_unknown_task_names_the_cooperative_ones():
+    message = error_of(ddpl_mpe, env_id="simple_spred_v3")
+    assert "--env-id" in message
+    for task in ("simple_spread_v3", "simple_reference_v3", "simple_speaker_listener_v4"):
+        assert task in message
+    assert "simple_tag_v3" not in message and not Path("runs").exists()
 
 
-def test_evaluation_does_not_disturb_training():
-    """More frequent evaluations and log points leave the same learner."""
-    often, rarely = (checkpoint_of(train(Args(**SMALL | dict(eval_interval=n, log_interval=n)))) for n in (100, 700))
-    assert equal(often["learner"], rarely["learner"])
+def test_competitive_task():
+    message = error_of(ddpl_mpe, env_id="simple_tag_v3")
+    assert "adversaries" in message and "simple_spread_v3" in message
+
+
+def test_discrete_task(monkeypatch):
+    module = ddpl_mpe.mpe_environments["mpe/simple_spread_v3"]
+
+    class DiscreteOnly:
+        @staticmethod
+        def parallel_env(continuous_actions=False, **options):
+            return module.parallel_env(continuous_actions=False, **options)
+
+    monkeypatch.setitem(ddpl_mpe.mpe_environments, "mpe/discrete_v0", DiscreteOnly)
+    message = error_of(ddpl_mpe, env_id="discrete_v0")
+    assert "discrete" in message and "simple_spread_v3" in message
+
+
+def test_number_of_agents_where_the_task_fixes_it():
+    assert "--num-agents" in error_of(ddpl_mpe, env_id="simple_reference_v3", num_agents=3)
 
 
 # ---- learning

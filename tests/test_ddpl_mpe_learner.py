@@ -8,7 +8,7 @@ from scipy.integrate import quad
 from torch import nn
 
 import ddpl_mpe
-from ddpl_mpe import Args, Batch, Learner, TwinCritic
+from ddpl_mpe import Args, Batch, CriticEnsemble, Learner
 
 POLICIES = ["diffusion", "gaussian"]
 
@@ -38,15 +38,22 @@ def make_batch(learner, batch_size=16, obs_size=4):
     return Batch(obs, actions, torch.randn(batch_size), torch.zeros(batch_size), next_obs)
 
 
-def test_scores_equal_the_critic_asked_one_candidate_at_a_time():
-    critic = TwinCritic(12, 3, 2, 32)
-    state, actions, candidates = torch.randn(5, 12), torch.rand(3, 5, 2), torch.rand(3, 6, 5, 2)
-    scores = critic.score(state, actions, candidates)
+def test_scores_equal_the_critics_asked_one_candidate_at_a_time():
+    """Each on its share of the states: the first critic on the first two, and so on."""
+    critic = CriticEnsemble(4, 12, 3, 2, 32)
+    state, actions, candidates = torch.randn(8, 12), torch.rand(3, 8, 2), torch.rand(3, 6, 8, 2)
+    scores, b = critic.score(state, actions, candidates), torch.arange(8)
     for agent in range(3):
         for m in range(6):
             joint = actions.clone()
             joint[agent] = candidates[agent, m]
-            torch.testing.assert_close(scores[agent, m], critic(state, joint)[0])
+            torch.testing.assert_close(scores[agent, m], critic(state, joint)[b // 2, b])
+
+
+def test_critics_are_initialised_apart():
+    """Their disagreement is what makes the target pessimistic."""
+    values = CriticEnsemble(4, 12, 3, 2, 32)(torch.randn(8, 12), torch.rand(3, 8, 2))
+    assert values.shape == (4, 8) and values.std(0).min() > 0
 
 
 def test_gaussian_log_prob_equals_torch_distributions():
@@ -73,7 +80,7 @@ def test_gaussian_gradient_is_each_agents_own_kl():
         actions, log_prob = learner.policy.rsample(obs)
         fixed = actions.detach().clone()
         fixed[agent] = actions[agent]
-        loss = (0.3 * log_prob[agent] - learner.critic(state_of(obs), fixed)[0]).mean()
+        loss = (0.3 * log_prob[agent] - learner.critic(state_of(obs), fixed).mean(0)).mean()
         alone = torch.autograd.grad(loss, list(learner.policy.parameters()))
         for ours, theirs in zip(together, alone):
             torch.testing.assert_close(ours[agent], theirs[agent], atol=1e-6, rtol=1e-4)
@@ -87,10 +94,23 @@ def test_truncation_bootstraps_and_termination_does_not(policy):
     batch = batch._replace(terminated=(torch.arange(16) < 8).float())
     next_actions = learner.policy.sample(batch.next_obs)
     with torch.no_grad():
-        value = torch.minimum(*learner.target_critic(batch.next_state, next_actions))
+        values = learner.target_critic(batch.next_state, next_actions)
+        value = values.mean(0) - 0.6 * values.std(0)
         target = batch.reward + 0.95 * torch.where(torch.arange(16) < 8, 0, value)
         expected = sum(((q - target) ** 2).mean() for q in learner.critic(batch.state, batch.actions))
     metrics = ddpl_mpe.update_critic(learner, batch, next_actions)
+    torch.testing.assert_close(metrics["losses/critic"], expected)
+
+
+def test_two_critics_can_give_their_minimum():
+    """Their mean less their deviation / sqrt 2, which is half of their distance."""
+    learner = make_learner(num_critics=2, pessimism=math.sqrt(0.5))
+    batch = make_batch(learner)
+    with torch.no_grad():
+        value = torch.minimum(*learner.target_critic(batch.next_state, batch.actions))
+        target = batch.reward + 0.95 * value
+        expected = sum(((q - target) ** 2).mean() for q in learner.critic(batch.state, batch.actions))
+    metrics = ddpl_mpe.update_critic(learner, batch, batch.actions)
     torch.testing.assert_close(metrics["losses/critic"], expected)
 
 
