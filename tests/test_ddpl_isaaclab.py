@@ -385,6 +385,17 @@ def test_shapes_of_the_pendulum(pendulum):
 
 
 @real
+def test_the_trained_team_plays(pendulum):
+    """So in the way that the script's docstring loads it."""
+    name = "benchmark/teams/Isaac-Pendulum-MARL-Direct.safetensors"
+    assert f'load_team("{name}")' in ddpl_isaaclab.__doc__
+    policy, args = ddpl_isaaclab.load_team(Path(ddpl_isaaclab.__file__).parent / name)
+    assert args.task == ddpl_isaaclab.Args().task
+    _, success_rate = ddpl_isaaclab.evaluate(policy, pendulum, True, 0)
+    assert success_rate > 0.9
+
+
+@real
 def test_pendulum_restarts_in_the_step_it_falls_and_keeps_the_true_end(pendulum):
     obs, _ = pendulum.reset(0)
     fallen = torch.zeros(E, dtype=torch.bool)

@@ -194,7 +194,7 @@ def test_networks(policy, monkeypatch):
 def batches():
     (obs, torch_obs), (actions, torch_actions) = both(2, N, B, O), both(N, B, 4, low=-1)
     (reward, torch_reward), (state, torch_state) = both(B), both(2, B, S)
-    ended = [0.0, 1, 0, 0, 1, 0]
+    ended = [0.0, 1, 0, 0, 1, 0, 0, 0]
     ours = smax.Batch(obs[0], actions, reward, jnp.array(ended), obs[1], *state)
     theirs = torch_obs[0], torch_actions, torch_reward, torch.tensor(ended), torch_obs[1], *torch_state
     return ours, ddpl_mamujoco.Batch(*theirs)
@@ -703,6 +703,9 @@ def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
         dict(num_per_kernel=0, num_uniform=1),
         dict(learning_starts=400_000),
         dict(actor_batch_size=300),
+        dict(actor_batch_size=30),  # not a multiple of four critics
+        dict(num_critics=1),
+        dict(pessimism=-0.1),
         dict(batch_size=200, buffer_size=100),
         dict(total_timesteps=2**31 - 1),
         dict(block_size=2**31),
@@ -853,6 +856,15 @@ def test_a_team_of_a_run(two_seeds):
     smax.write_file(Path("team.safetensors"), tensors, args=others["args"] | {"colour": "red"})
     assert "is from another version" in error_of(smax, evaluate="team.safetensors")
     assert "there is no file" in error_of(smax, evaluate="none.safetensors")
+
+
+def test_the_trained_team_plays():
+    """So in the way that the script's docstring loads it. Untrained teams win nothing here."""
+    name = "benchmark/teams/3m.safetensors"
+    assert f'load_team("{name}")' in smax.__doc__
+    policy, args = smax.load_team(Path(smax.__file__).parent / name)
+    battles = jax.jit(partial(smax.evaluate, make_env(args), 64))(policy, (jax.random.PRNGKey(0), jnp.array(True)))
+    assert battles["win_rate"].mean() > 0.4
 
 
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
