@@ -73,7 +73,7 @@ def measure_mpe() -> None:
     num_candidates = args.num_uniform + len(args.sigmas) * args.num_per_kernel
     candidates = 2 * torch.rand(3, num_candidates, args.actor_batch_size, 2) - 1
     rows = torch.randn(3, num_candidates * args.actor_batch_size, args.local_critic_hidden)
-    weight = learner.local_critic.hidden.weight.detach()
+    weight = learner.local_critic.hidden.weight.detach().expand(3, -1, -1)  # one for all agents
     with torch.no_grad():
         ms = medians(300, score=lambda: learner.local_critic(obs, candidates), gemm=lambda: torch.bmm(rows, weight))
     print(f"candidate scoring, share of a bare GEMM's rate   {ms['gemm'] / ms['score']:.0%}")
