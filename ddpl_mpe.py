@@ -102,7 +102,7 @@ class Algorithm:
     batch_size: int = 256
     """Transitions in a critic update."""
     actor_batch_size: int = 64
-    """Of those, how many states the diffusion policy learns from (each costs M evaluations of two critics)."""
+    """Of those, how many states the diffusion policy learns from; each critic scores its share of them."""
     gamma: float = 0.95
     """Discount factor."""
     tau: float = 0.01
