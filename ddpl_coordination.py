@@ -1,4 +1,4 @@
-"""DDPL on a coordination game: why diffusion policies, in a minute.
+"""DDPL on a coordination game: why diffusion policies, in two minutes.
 
 DDPL is from Zhang, Balim, Li, "Decentralized Diffusion Policy Learning for Enhanced Exploration in Cooperative
 Multi-agent Reinforcement Learning", arXiv 2605.07101 (2026). Only its abstract could be read and no code is public, so
@@ -15,9 +15,8 @@ all stand at +0.7. An agent that drops either peak before the team has met there
 4. The denoiser learns E[a_i | x_t] under those weights (importance sampling score matching, ISSM).
 5. temperature_i follows the entropy of the weights to a target entropy.
 
-Compared with three others on the same critic: a Gaussian learned by the reparameterised KL, as in soft actor-critic;
-the Gaussian with the mean and deviation of the energy-based policy, which needs no learning; and uniform actions.
-All seeds train side by side, in one stack of weights. A run is short, so there are no checkpoints to resume.
+Compared with a Gaussian on the same critic, learned by the reparameterised KL as in soft actor-critic, and with uniform
+actions. All seeds train side by side, in one stack of weights. A run is short, so there are no checkpoints to resume.
 
 To fork it for another game of one step, rewrite own_payoff, team_reward and success. Where agents observe something or
 act more than once, start from ddpl_mpe.py: what has the same name there means the same.
@@ -26,38 +25,35 @@ act more than once, start from ddpl_mpe.py: what has the same name there means t
 import csv
 import json
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Collection
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from inspect import formatannotation
 from itertools import product
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 SCRIPT = Path(__file__).stem
-Policy = Literal["diffusion", "gaussian", "moments", "uniform"]
 
 
 @dataclass
-class Game:
-    """What is played, and how often."""
+class Args:
+    """Run every policy on the coordination game, over all numbers of agents and seeds; write a figure and a CSV."""
 
+    # What is played, and how often
     game: Literal["joint", "match"] = "joint"
     """joint: a bonus when all agents stand at +0.7; match: a smooth one when all are on the same side."""
     num_agents: tuple[int, ...] = (1, 2, 3, 4)
@@ -72,14 +68,10 @@ class Game:
     """Independent runs of each policy, trained side by side."""
     seed: int = 1
     """Seed of all runs."""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Where to train: auto is CUDA if there is one. Networks as small as these are no faster there."""
 
-
-@dataclass
-class Algorithm:
-    """Policies, critics and ISSM."""
-
-    policies: tuple[Policy, ...] = ("diffusion", "gaussian", "moments", "uniform")
-    """Which policies to compare."""
+    # Critics, policies and ISSM
     num_envs: int = 12
     """Joint actions played between updates."""
     learning_starts: int = 240
@@ -114,34 +106,15 @@ class Algorithm:
     """R, noisy points that the denoiser learns from around each sample."""
 
 
-@dataclass
-class Run:
-    """The machine."""
-
-    num_processes: int = 2
-    """Processes that share the work, one thread each (on a GPU: one process)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the learner lives; auto is CUDA if there is one."""
-
-
-@dataclass
-class Args(Run, Algorithm, Game):
-    """Run every policy on the coordination game, over all numbers of agents and seeds; write a figure and a CSV."""
-
-
+Runs = dict[tuple[str, int], dict[str, np.ndarray]]  # what learn returns, for each policy and number of agents
 PEAK = 0.7  # of an agent's own payoff, and at -0.7
 WIDTH = 0.2
-GRID = torch.linspace(-1, 1, 201)[1::2]  # [G], midpoints of 100 cells of the box, for quadrature
-OUTCOMES = ("first_success", "final_success", "final_return", "nash_gap")
-COLORS = {"diffusion": "tab:blue", "gaussian": "tab:orange", "moments": "tab:green", "uniform": "tab:gray"}
+# What is compared, and its colours
+POLICY_COLORS = {"diffusion": "tab:blue", "gaussian": "tab:orange", "uniform": "tab:gray"}
 
 
 class RunError(Exception):
     """A wrong argument or a failed run, told to the user in one sentence."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A run that SIGINT or SIGTERM has ended in order."""
 
 
 # --------------------------------------------------------------------------------- diffusion and ISSM: pure functions
@@ -244,27 +217,6 @@ def issm_target(x_t: Tensor, alpha_bar: Tensor, candidates: Tensor, weights: Ten
     return (posterior @ candidates).transpose(1, 2)
 
 
-# ------------------------------------------------------------------------------------- quadrature over one action
-
-
-def boltzmann(energy: Tensor, temperature: Tensor | float) -> Tensor:
-    """Density [..., G] on GRID of the policy proportional to exp(energy / temperature), energy [..., G]."""
-    return (energy / temperature).softmax(-1) * len(GRID) / 2
-
-
-def moments(density: Tensor, grid: Tensor = GRID) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [...] of a density [..., G] on GRID, which `grid` is on the density's device."""
-    mass = density * 2 / len(grid)
-    mean = (mass * grid).sum(-1)
-    variance = (mass * (grid - mean[..., None]) ** 2).sum(-1)
-    return mean, variance.sqrt()
-
-
-def entropy_of(density: Tensor) -> Tensor:
-    """Entropy [...] in nats of a density [..., G] on GRID."""
-    return torch.special.entr(density).sum(-1) * 2 / len(GRID)
-
-
 # ----------------------------------------------------------------------------------------------------------- game
 
 
@@ -291,21 +243,6 @@ def success(actions: Tensor, args: Args) -> Tensor:
     at_plus = ((actions - PEAK).abs() < args.tolerance).all(-1)
     at_minus = ((actions + PEAK).abs() < args.tolerance).all(-1)
     return at_plus | at_minus if args.game == "match" else at_plus
-
-
-def nash_gap(actions: Tensor, args: Args) -> Tensor:
-    """What one agent could gain at most by its best response [S], from samples [S, K, N] of the joint policies.
-
-    Responses are tried on GRID; the samples of the others stand for their policies.
-    """
-    current = team_reward(actions, args).mean(1)
-    gains = []
-    for agent in range(actions.shape[-1]):
-        deviations = actions[:, None].repeat(1, len(GRID), 1, 1)  # [S, G, K, N]
-        deviations[..., agent] = GRID[:, None]
-        best_response = team_reward(deviations, args).mean(2).amax(1)
-        gains.append(best_response - current)
-    return torch.stack(gains).amax(0)
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -353,7 +290,7 @@ class DiffusionPolicy(nn.Module):
         self.hidden = StackedLinear(stack, hidden, hidden)
         self.velocity = StackedLinear(stack, hidden, 1)
         nn.init.zeros_(self.velocity.weight)
-        self.register_buffer("alphas_bar", noise_schedule(num_steps), persistent=False)
+        self.register_buffer("alphas_bar", noise_schedule(num_steps))
 
     def forward(self, time: Tensor, x_t: Tensor) -> Tensor:
         """v [S, B, 1] of noisy actions [S, B, 1]; time [S, B or 1, H] is the embedding of t."""
@@ -363,7 +300,7 @@ class DiffusionPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, batch_size: int) -> Tensor:
         """Actions [S, B, 1] in [-1, 1], by ancestral sampling."""
-        x_t = torch.randn(len(self.time), batch_size, 1, device=self.time.device)
+        x_t = torch.randn(len(self.time), batch_size, 1)
         for t in range(len(self.alphas_bar) - 1, 0, -1):
             v = self(self.time[:, t, None], x_t)
             mean, std = denoise_step(x_t, v, t, self.alphas_bar)
@@ -381,7 +318,7 @@ class GaussianPolicy(nn.Module):
 
     def rsample(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Reparameterised actions [S, B, 1] and their log-density [S, B]."""
-        noise = torch.randn(len(self.mean), batch_size, 1, device=self.mean.device)
+        noise = torch.randn(len(self.mean), batch_size, 1)
         u = self.mean + self.log_std.exp() * noise
         log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), without cancellation
         log_prob = -0.5 * noise**2 - self.log_std - 0.5 * math.log(2 * math.pi) - log_det
@@ -394,51 +331,36 @@ class GaussianPolicy(nn.Module):
         return actions
 
 
-class MomentsPolicy(nn.Module):
-    """`stack` Gaussians, clipped to [-1, 1], whose mean and deviation are set from outside."""
-
-    def __init__(self, stack: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(stack, 1, 1))
-        self.register_buffer("std", torch.ones(stack, 1, 1))
-
-    def sample(self, batch_size: int) -> Tensor:
-        """Actions [S, B, 1] in [-1, 1]."""
-        noise = torch.randn(len(self.mean), batch_size, 1, device=self.mean.device)
-        return (self.mean + self.std * noise).clamp(-1, 1)
-
-
 # ------------------------------------------------------------------------------------------- learner and its updates
 
 
 class Learner(nn.Module):
-    """What training changes. The stack of policies holds the N agents of seed 1, then those of seed 2, and so on.
+    """What training changes. The stack of policies holds the N agents of seed 1, then those of seed 2, and so on."""
 
-    The networks are drawn on the CPU first, so a seed starts with the same ones on every device.
-    """
-
-    def __init__(self, args: Args, policy: Policy, num_agents: int, device: torch.device | str = "cpu"):
+    def __init__(self, args: Args, policy: str, num_agents: int):
         super().__init__()
         self.args = args
         self.num_agents = num_agents
         stack = args.num_seeds * num_agents
         self.critic = Critic(args.num_seeds, num_agents, args.hidden)
         self.local_critic = Critic(stack, 1, args.hidden)
-        if policy == "diffusion":
-            self.policy = DiffusionPolicy(stack, args.hidden, args.denoising_steps)
-        else:
-            self.policy = GaussianPolicy(stack) if policy == "gaussian" else MomentsPolicy(stack)
         self.log_temperature = nn.Parameter(torch.full((stack,), math.log(args.init_temperature)))
-        self.register_buffer("sigmas", torch.tensor(args.sigmas), persistent=False)
-        self.register_buffer("grid", GRID, persistent=False)
-        self.to(device)
-
         self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, fused=True)
         self.local_critic_optimizer = Adam(self.local_critic.parameters(), args.critic_lr, fused=True)
         self.temperature_optimizer = Adam([self.log_temperature], args.temperature_lr, fused=True)
-        if policy in ("diffusion", "gaussian"):
-            learning_rate = args.actor_lr if policy == "diffusion" else args.gaussian_lr
-            self.policy_optimizer = Adam(self.policy.parameters(), learning_rate, fused=True)
+        if policy == "diffusion":
+            self.policy = DiffusionPolicy(stack, args.hidden, args.denoising_steps)
+            self.policy_optimizer = Adam(self.policy.parameters(), args.actor_lr, fused=True)
+        elif policy == "gaussian":
+            self.policy = GaussianPolicy(stack)
+            self.policy_optimizer = Adam(self.policy.parameters(), args.gaussian_lr, fused=True)
+
+    def update_policy(self, drawn: Tensor) -> None:
+        """One update of policies and temperatures, at actions [S N, B, 1] that the policies have just drawn."""
+        if isinstance(self.policy, DiffusionPolicy):
+            update_diffusion(self, drawn)
+        else:
+            update_gaussian(self)
 
     def joint(self, actions: Tensor) -> Tensor:
         """Actions [S N, B, 1] of the stack as joint actions [S, B, N]."""
@@ -447,26 +369,11 @@ class Learner(nn.Module):
     @torch.no_grad()
     def score(self, actions: Tensor, candidates: Tensor) -> Tensor:
         """Q [S N, M, B] where an agent plays each of its candidates [S N, M, B, 1], the others actions [S N, B, 1]."""
-        own = torch.eye(self.num_agents, device=actions.device)[:, None, None]  # [N, 1, 1, N]
+        own = torch.eye(self.num_agents)[:, None, None]  # [N, 1, 1, N]
         others = self.joint(actions)[:, None, None] * (1 - own)  # [S, N, 1, B, N]
         candidates_of_seed = candidates.view(self.args.num_seeds, self.num_agents, *candidates.shape[1:])
         joint = others + candidates_of_seed * own  # [S, N, M, B, N]
         return self.critic(joint.flatten(1, 3)).view(candidates.shape[:3])
-
-
-def update(learner: Learner, actions: Tensor, reward: Tensor, drawn: Tensor) -> None:
-    """One update of critics, policies and temperatures.
-
-    The critic learns from stored joint actions [S, B, N] and their reward [S, B], the policies at actions that they
-    have just `drawn` [S N, B, 1].
-    """
-    update_critic(learner, actions, reward)
-    if isinstance(learner.policy, DiffusionPolicy):
-        update_diffusion(learner, drawn)
-    elif isinstance(learner.policy, GaussianPolicy):
-        update_gaussian(learner)
-    else:
-        update_moments(learner, drawn)
 
 
 def update_critic(learner: Learner, actions: Tensor, reward: Tensor) -> None:
@@ -492,7 +399,8 @@ def update_diffusion(learner: Learner, actions: Tensor) -> None:
     args = learner.args
 
     # 1. Propose.
-    candidates, log_proposal = propose_actions(actions, learner.sigmas, args.num_uniform, args.num_per_kernel)
+    sigmas = torch.tensor(args.sigmas)
+    candidates, log_proposal = propose_actions(actions, sigmas, args.num_uniform, args.num_per_kernel)
 
     # 2. Weigh.
     energy = update_local_critic(learner, actions, candidates)
@@ -511,7 +419,7 @@ def match_denoisers(learner: Learner, candidates: Tensor, weights: Tensor) -> No
     chosen = chances.multinomial(args.num_noise_draws, replacement=True)
     chosen = chosen.view(stack, batch_size, -1).transpose(1, 2)  # [S N, R, B]
     x_0 = candidates.gather(1, chosen[..., None])
-    t = torch.randint(1, args.denoising_steps + 1, chosen.shape, device=chosen.device)
+    t = torch.randint(1, args.denoising_steps + 1, chosen.shape)
     alpha_bar = policy.alphas_bar[t]  # [S N, R, B]
     signal_scale = alpha_bar.sqrt()[..., None]
     noise_scale = (1 - alpha_bar).sqrt()[..., None]
@@ -532,19 +440,6 @@ def update_gaussian(learner: Learner) -> None:
     update_temperature(learner, -log_prob.detach().mean(1) - learner.args.target_entropy)
 
 
-def update_moments(learner: Learner, actions: Tensor) -> None:
-    """Give every Gaussian the mean and deviation of its energy-based policy, by quadrature of the local critic."""
-    candidates = 2 * torch.rand(len(actions), 8, *actions.shape[1:], device=actions.device) - 1
-    update_local_critic(learner, actions, candidates)
-    with torch.no_grad():
-        energy = learner.local_critic(learner.grid[:, None].expand(len(actions), -1, -1))
-    density = boltzmann(energy, learner.log_temperature.detach().exp()[:, None])
-    mean, std = moments(density, learner.grid)
-    learner.policy.mean.copy_(mean[:, None, None])
-    learner.policy.std.copy_(std[:, None, None])
-    update_temperature(learner, entropy_of(density) - learner.args.target_entropy)
-
-
 def update_temperature(learner: Learner, excess: Tensor) -> dict[str, Tensor]:
     """Lower the temperature of an agent whose entropy exceeds its target, by excess [N]; raise it where that is < 0."""
     take_step(learner.temperature_optimizer, (learner.log_temperature * excess).sum())
@@ -563,122 +458,79 @@ def take_step(optimizer: Adam, loss: Tensor) -> None:
 
 
 def learn(
-    args: Args, policy: Policy, num_agents: int, watch: Callable[[Learner], None] | None = None
+    args: Args, policy: str, num_agents: int, make_learner: Callable[..., Learner] = Learner
 ) -> dict[str, np.ndarray]:
-    """Train `policy` with all seeds side by side; returns an array [S] for each name in OUTCOMES.
+    """Train `policy` with all seeds side by side; returns three arrays [S].
 
     first_success: joint actions until the first success, or total_timesteps + 1 if there was none.
-    final_success, final_return, nash_gap: of 1,000 joint actions of the final policies.
-    `watch` is called twenty times over training; it must leave PyTorch's random numbers as they were.
+    final_success, final_return: means over 1,000 joint actions of the final policies.
     """
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    device = choose_device(args)
     steps = range(0, args.total_timesteps, args.num_envs)
-    capacity = len(steps) * args.num_envs
-    try:
-        learner = Learner(args, policy, num_agents, device)
-        actions = torch.empty(args.num_seeds, capacity, num_agents, device=device)
-        rewards = torch.empty(args.num_seeds, capacity, device=device)
-    except RuntimeError as error:
-        reason = f"no room for this run ({error}); choose smaller numbers"
-        raise RunError(f"--total-timesteps, --num-seeds, --hidden: {reason}") from None
-    never = args.total_timesteps + 1
-    first_success = torch.full((args.num_seeds,), never, device=device)
+    learning_starts = args.total_timesteps if policy == "uniform" else args.learning_starts
+    learner = make_learner(args, policy, num_agents)
+    actions = torch.empty(args.num_seeds, len(steps) * args.num_envs, num_agents)
+    rewards = torch.empty(actions.shape[:2])
 
     def play_uniform(count: int) -> Tensor:
-        return 2 * torch.rand(args.num_seeds, count, num_agents, device=device) - 1
+        return 2 * torch.rand(args.num_seeds, count, num_agents) - 1
 
     for step in steps:
         # Act.
-        warm_up = step < args.learning_starts
-        if warm_up or policy == "uniform":
-            new = play_uniform(args.num_envs)
-        else:
+        learning = step >= learning_starts
+        if learning:
             drawn = learner.policy.sample(args.num_envs + args.actor_batch_size)
             new = learner.joint(drawn[:, : args.num_envs])
-        count = step + 1 + torch.arange(args.num_envs, device=device)
-        count_at_success = torch.where(success(new, args), count, never)  # [S, num_envs]
-        first_success = torch.minimum(first_success, count_at_success.amin(1))
+        else:
+            new = play_uniform(args.num_envs)
 
         # Store.
         played = step + args.num_envs
+        require_finite(new, policy, step)
         actions[:, step:played] = new
         rewards[:, step:played] = team_reward(new, args)
 
         # Learn.
-        if not warm_up and policy != "uniform":
-            rows = torch.randint(played, (args.batch_size,), device=device)
-            update(learner, actions[:, rows], rewards[:, rows], drawn[:, args.num_envs :])
-
-        # Look.
-        if played * 20 // args.total_timesteps > step * 20 // args.total_timesteps:
-            if not new.isfinite().all():
-                raise RunError(f"the actions of the {policy} policy are NaN after {played} joint actions")
-            if watch:
-                watch(learner)
+        if learning:
+            rows = torch.randint(played, (args.batch_size,))
+            update_critic(learner, actions[:, rows], rewards[:, rows])
+            learner.update_policy(drawn[:, args.num_envs :])
 
     final = play_uniform(1000) if policy == "uniform" else learner.joint(learner.policy.sample(1000))
-    outcomes = (
-        first_success,
-        success(final, args).float().mean(1),
-        team_reward(final, args).mean(1),
-        nash_gap(final[:, :200], args),
-    )
-    return {name: values.cpu().numpy() for name, values in zip(OUTCOMES, outcomes, strict=True)}
+    require_finite(final, policy, args.total_timesteps)
+    won = success(actions[:, : args.total_timesteps], args)
+    first_success = torch.where(won.any(1), won.int().argmax(1), args.total_timesteps) + 1
+    return {
+        "first_success": first_success.cpu().numpy(),
+        "final_success": success(final, args).float().mean(1).cpu().numpy(),
+        "final_return": team_reward(final, args).mean(1).cpu().numpy(),
+    }
 
 
-def run_all(job: Callable, args: Args) -> dict[tuple[Policy, int], Any]:
-    """job(args, policy, num_agents) for every policy and number of agents, in --num-processes processes."""
-    jobs = sorted(product(args.policies, args.num_agents), key=lambda pair: -pair[1])  # the longest first
-    if args.num_processes == 1 or choose_device(args).type == "cuda":
-        return {pair: job(args, *pair) for pair in jobs}
-    others = active_children()
-    no_interrupts = signal.SIG_BLOCK, [signal.SIGINT]
-    with ProcessPoolExecutor(args.num_processes, get_context("spawn"), end_with_parent) as pool:
-        try:
-            # Workers start from a thread, where no signal leaves one half started. They inherit that SIGINT is blocked:
-            # a terminal sends it to them too, but to end them is up to this process.
-            with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=no_interrupts) as starter:
-                results = list(starter.map(lambda pair: pool.submit(job, args, *pair), jobs))
-            return {pair: result.result() for pair, result in zip(jobs, results)}
-        except BaseException:
-            for worker in set(active_children()) - set(others):  # or the pool would wait for jobs that nobody wants
-                worker.kill()
-            raise
-
-
-def end_with_parent() -> None:
-    """Let this worker process end when its parent has, killed or not; else it would wait for work forever."""
-
-    def wait() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
+def require_finite(actions: Tensor, policy: str, step: int) -> None:
+    """Raise RunError where a policy's actions are not numbers."""
+    if not actions.isfinite().all():
+        raise RunError(f"the actions of the {policy} policy are NaN after {step} joint actions")
 
 
 def train(args: Args) -> dict:
-    """Train every policy with every number of agents; write a CSV and a figure to the run folder.
+    """Train every policy with every number of agents; print a table, write a CSV and a figure to the run folder.
 
     Returns a dict, also written to RUN_DIR/result.json. Keys: run_dir; global_step, joint actions in all;
-    episodic_returns, of the first policy with the most agents, one per seed; final_return, their mean;
-    env_steps_per_second; and, but not in the file, rows, those of the CSV. Raises RunError for bad arguments and NaN.
+    episodic_returns, of the diffusion policies with the most agents, one per seed; final_return, their mean; and
+    env_steps_per_second. Raises RunError for bad arguments and NaN.
     """
     check_args(args)
     run_dir = Path("runs") / f"{SCRIPT}__{args.game}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **asdict(args)}, indent=2))
     started = time.monotonic()
-    runs = run_all(learn, args)
-    rows = []
-    for policy, num_agents, seed in product(args.policies, args.num_agents, range(args.num_seeds)):
-        outcomes = {name: values[seed].item() for name, values in runs[policy, num_agents].items()}
-        rows.append({"policy": policy, "num_agents": num_agents, "seed": seed} | outcomes)
-    write_rows(run_dir, rows)
-    plot_success(args, runs, run_dir / "success.png")
-    episodic_returns = runs[args.policies[0], max(args.num_agents)]["final_return"].tolist()
-    global_step = len(rows) * args.total_timesteps
+    device = choose_device(args)
+    with device if device.type == "cuda" else nullcontext():  # it makes every tensor there, and costs a third on a CPU
+        runs = {pair: learn(args, *pair) for pair in product(POLICY_COLORS, args.num_agents)}
+    global_step = len(runs) * args.num_seeds * args.total_timesteps
+    episodic_returns = runs["diffusion", max(args.num_agents)]["final_return"].tolist()
     result = {
         "run_dir": str(run_dir),
         "global_step": global_step,
@@ -686,11 +538,55 @@ def train(args: Args) -> dict:
         "episodic_returns": episodic_returns,
         "env_steps_per_second": global_step / (time.monotonic() - started),
     }
+    print_table(args, runs)
+    write_csv(runs, run_dir / "coordination.csv")
+    plot_success(args, runs, POLICY_COLORS, run_dir / "success.png")
     (run_dir / "result.json").write_text(json.dumps(result, indent=2))
-    return result | {"rows": rows}
+    return result
 
 
-# ------------------------------------------------------------------------------------------------- files of a run
+# -------------------------------------------------------------------------------------------------------- results
+
+
+def print_table(args: Args, runs: Runs) -> None:
+    """One line for every policy and number of agents."""
+    print(f"{'policy':10} agents  first success (median)  final teams that coordinate  return")
+    for (policy, num_agents), run in runs.items():
+        median = np.median(run["first_success"])
+        first = f"{median:.0f}" if median <= args.total_timesteps else "never"
+        wins = f"{(run['final_success'] > 0.5).sum()} of {args.num_seeds}"
+        print(f"{policy:10} {num_agents:6}  {first:>22}  {wins:>27}  {run['final_return'].mean():6.2f}")
+
+
+def write_csv(runs: Runs, path: Path) -> None:
+    """One row for every policy, number of agents and seed."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["policy", "num_agents", "seed", *next(iter(runs.values()))])
+        for (policy, num_agents), run in runs.items():
+            for seed, outcomes in enumerate(zip(*(values.tolist() for values in run.values()))):
+                writer.writerow([policy, num_agents, seed, *outcomes])
+
+
+def plot_success(args: Args, runs: Runs, colors: dict[str, str], path: Path) -> None:
+    """The share of seeds whose final team coordinates, with Wilson's intervals, against the number of agents."""
+    figure = Figure(figsize=(5, 3.8), dpi=100, layout="tight")
+    axes = figure.subplots()
+    shifts = np.linspace(-0.12, 0.12, len(colors))  # so that the bars stand side by side
+    for (policy, color), shift in zip(colors.items(), shifts):
+        wins = [int((runs[policy, n]["final_success"] > 0.5).sum()) for n in args.num_agents]
+        shares = np.array(wins) / args.num_seeds
+        wilson = [binomtest(k, args.num_seeds).proportion_ci(method="wilson") for k in wins]
+        bars = np.abs(np.array([(bounds.low, bounds.high) for bounds in wilson]).T - shares)
+        positions = np.array(args.num_agents) + shift
+        axes.errorbar(positions, shares, bars, label=policy, color=color, marker="o", capsize=3)
+    axes.set(ylim=(-0.05, 1.05), ylabel=f"final teams that coordinate (of {args.num_seeds} seeds)")
+    axes.set(xlabel="agents", xticks=args.num_agents)
+    axes.legend()
+    figure.savefig(path)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -725,16 +621,17 @@ def check_types(args: Args, smallest: dict[str, int]) -> None:
 def check_args(args: Args) -> None:
     """Raise RunError for the first argument that makes no sense."""
     check_types(args, {"seed": 0, "num_uniform": 0})
-    for name in ("num_agents", "policies"):
-        values = getattr(args, name)
-        require(args, name, 0 < len(set(values)) == len(values), "one or more, each named once")
-    require(args, "num_agents", all(1 <= n <= 8 for n in args.num_agents), "whole numbers from 1 to 8")
-    for name in ("batch_size", "actor_batch_size"):
-        require(args, name, getattr(args, name) <= 65536, "a whole number from 1 to 65536")
+    different = 0 < len(set(args.num_agents)) == len(args.num_agents)
+    teams = different and all(1 <= n <= 8 for n in args.num_agents)
+    require(args, "num_agents", teams, "one or more whole numbers from 1 to 8, each named once")
+    for name in ("num_seeds", "num_envs", "batch_size", "actor_batch_size"):
+        require(args, name, getattr(args, name) <= 4096, "a whole number from 1 to 4096")
+    seeds = f"with --num-seeds {args.num_seeds}, so that all fit into memory"
+    longest, widest = 10**8 // args.num_seeds, math.isqrt(10**7 // args.num_seeds)
+    require(args, "total_timesteps", args.total_timesteps <= longest, f"at most {longest} {seeds}")
+    require(args, "hidden", args.hidden <= widest, f"at most {widest} {seeds}")
     require(args, "tolerance", 0 < args.tolerance <= 1 - PEAK, "above 0, at most 0.3, so that it stays inside the box")
     require(args, "bonus", 0 < args.bonus <= 1e3, "above 0, or there is nothing to coordinate, and at most 1000")
-    enough = args.total_timesteps >= 20 * args.num_envs
-    require(args, "total_timesteps", enough, f"at least 20 times --num-envs, {20 * args.num_envs}")
     require(args, "learning_starts", args.learning_starts < args.total_timesteps, "below --total-timesteps")
     for name in ("critic_lr", "actor_lr", "gaussian_lr", "temperature_lr"):
         require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
@@ -755,96 +652,17 @@ def choose_device(args: Args) -> torch.device:
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
-def write_rows(run_dir: Path, rows: list[dict]) -> None:
-    """Write coordination.csv, whole."""
-    with open(run_dir / "coordination.csv.tmp", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(run_dir / "coordination.csv.tmp", run_dir / "coordination.csv")
-
-
-def interval(values: np.ndarray, statistic: Callable = np.mean, repeats: int = 2000) -> np.ndarray:
-    """95 % percentile bootstrap [2, ...] of a statistic over the first axis, the seeds."""
-    rows = np.random.default_rng(0).integers(len(values), size=(repeats, len(values)))
-    return np.percentile(statistic(values[rows], axis=1), [2.5, 97.5], axis=0)
-
-
-def plot_success(args: Args, runs: dict[tuple[Policy, int], dict[str, np.ndarray]], path: Path) -> None:
-    """Samples to the first success, and the share of seeds whose final team succeeds, against the number of agents."""
-    from matplotlib.figure import Figure  # here, since the workers draw nothing
-    from scipy.stats import binomtest
-
-    figure = Figure(figsize=(9, 3.4), dpi=100, layout="tight")
-    left, right = figure.subplots(1, 2)
-    shifts = np.linspace(-0.12, 0.12, len(args.policies))  # so that the bars stand side by side
-    for policy, shift in zip(args.policies, shifts):
-        outcomes = [runs[policy, n] for n in args.num_agents]
-        positions = np.array(args.num_agents) + shift
-        style = {"color": COLORS[policy], "marker": "o", "capsize": 3}
-
-        first = np.array([run["first_success"] for run in outcomes])  # [num_agents, S]
-        medians = np.median(first, 1)
-        bars = np.abs(interval(first.T, np.median) - medians)
-        left.errorbar(positions, medians, bars, label=policy, **style)
-
-        wins = [int((run["final_success"] > 0.5).sum()) for run in outcomes]
-        shares = np.array(wins) / args.num_seeds
-        wilson = [binomtest(k, args.num_seeds).proportion_ci(method="wilson") for k in wins]
-        bars = np.abs(np.array([(bounds.low, bounds.high) for bounds in wilson]).T - shares)
-        right.errorbar(positions, shares, bars, **style)
-    left.axhline(args.total_timesteps, color="black", linewidth=0.5, linestyle=":")
-    left.set(yscale="log", ylabel="joint actions to the first success (median)")
-    right.set(ylim=(-0.05, 1.05), ylabel=f"final teams that coordinate (of {args.num_seeds} seeds)")
-    for axes in (left, right):
-        axes.set(xlabel="agents", xticks=args.num_agents)
-    left.legend()
-    figure.savefig(path)
-
-
-# ---------------------------------------------------------------------------------------------------- command line
-
-
-def print_table(args: Args, rows: list[dict]) -> None:
-    """One line for every policy and number of agents."""
-    print(f"{'policy':10} agents  first success (median)  final teams that coordinate  return  Nash gap")
-    for policy, n in product(args.policies, args.num_agents):
-        ours = [row for row in rows if row["policy"] == policy and row["num_agents"] == n]
-        first, shares, returns, gaps = (np.array([row[name] for row in ours]) for name in OUTCOMES)
-        median = f"{np.median(first):.0f}" if np.median(first) <= args.total_timesteps else "never"
-        coordinated = f"{(shares > 0.5).sum()} of {len(shares)}"
-        print(f"{policy:10} {n:6}  {median:>22}  {coordinated:>27}  {returns.mean():6.2f}  {gaps.mean():8.2f}")
-
-
-def read_command_line() -> tuple[Args, set[str]]:
-    """The arguments, with --help in the groups that Args is made of, and the names of those that were given."""
-    groups = [(group.__name__, group, field(default_factory=group)) for group in reversed(Args.__bases__)]
-    parsed = tyro.cli(make_dataclass("Groups", groups), description=Args.__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    values = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
-    flags = {word[2:].split("=")[0].replace("-", "_").removeprefix("no_") for word in sys.argv if word[:2] == "--"}
-    return Args(**values), flags & values.keys()
-
-
-def stop(number: int, frame: Any) -> None:
-    """What SIGINT and SIGTERM do; a second one ends the process at once."""
-    signal.signal(number, signal.SIG_DFL)
-    raise Stopped(number)
-
-
-def main(args: Args, _: Collection[str] = ()) -> None:
-    """What the command line asks for; a failure is one line on standard error and exit code 1, a signal 128 + n."""
+def main(args: Args) -> None:
+    """What the command line asks for; a failure is one line on standard error and exit code 1, Ctrl-C 130."""
     try:
         result = train(args)
-    except Stopped as stopped:
+    except KeyboardInterrupt:
         print("stopped before the end, so there are no results; start again for the same numbers", file=sys.stderr)
-        raise SystemExit(128 + stopped.args[0]) from None
-    except (RunError, OSError, MemoryError, torch.OutOfMemoryError, BrokenProcessPool) as error:
+        raise SystemExit(130) from None
+    except (RunError, OSError, MemoryError) as error:
         raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
-    print_table(args, result["rows"])
     print(f"run folder {result['run_dir']}")
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    main(*read_command_line())
+    main(tyro.cli(Args))

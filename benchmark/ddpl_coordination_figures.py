@@ -2,9 +2,11 @@
 
     python benchmark/ddpl_coordination_figures.py
 
-Takes the arguments of ddpl_coordination.py, with defaults of 24,000 joint actions and one to five agents. Writes to
-benchmark/results/coordination/:
+Adds a fourth policy to those of the script, "moments": the Gaussian with the mean and deviation of the energy-based
+policy, which needs no learning. Takes the arguments of ddpl_coordination.py, with defaults of 24,000 joint actions and
+one to five agents. Prints the table, and writes to benchmark/results/coordination/:
 
+- success.png, first_success.png: final teams that coordinate, and joint actions to the first success;
 - training.png: one seed with the most agents, every agent's density over training and its energy at the end;
 - nash_gap.png: what one agent could gain alone, over training;
 - exact.png: what each policy class makes of the same known energy, without a learned critic;
@@ -13,6 +15,8 @@ benchmark/results/coordination/:
 
 import math
 import sys
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,79 +25,195 @@ import tyro
 from matplotlib.figure import Figure
 from scipy.optimize import brentq, minimize
 from scipy.stats import norm
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ddpl_coordination import (  # noqa: E402
-    COLORS,
-    GRID,
     PEAK,
+    POLICY_COLORS,
     Args,
     DiffusionPolicy,
     Learner,
-    Policy,
     RunError,
-    boltzmann,
+    Runs,
     check_args,
-    entropy_of,
-    interval,
     issm_target,
     issm_weights,
     learn,
     match_denoisers,
-    moments,
-    nash_gap,
     own_payoff,
+    plot_success,
+    print_table,
     propose_actions,
-    require,
-    run_all,
+    team_reward,
+    update_local_critic,
+    update_temperature,
 )
 
-DEFAULTS = Args(total_timesteps=24_000, num_agents=(1, 2, 3, 4, 5), policies=("diffusion", "gaussian", "moments"))
+DEFAULTS = Args(total_timesteps=24_000, num_agents=(1, 2, 3, 4, 5))
+COLORS = POLICY_COLORS | {"moments": "tab:green"}
+LEARNED = ("diffusion", "gaussian", "moments")
+GRID = torch.linspace(-1, 1, 201)[1::2]  # [G], midpoints of 100 cells of the box, for quadrature
 GAUSSIAN_START = (0.8, -1.5)  # mean and log standard deviation before the tanh, right of 0
 TARGET_MODE, TARGET_STD = 0.4, 0.12  # of issm_error
+
+# ------------------------------------------------------------------------------------- quadrature over one action
+
+
+def boltzmann(energy: Tensor, temperature: Tensor | float) -> Tensor:
+    """Density [..., G] on GRID of the policy proportional to exp(energy / temperature), energy [..., G]."""
+    return (energy / temperature).softmax(-1) * len(GRID) / 2
+
+
+def moments(density: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [...] of a density [..., G] on GRID."""
+    mass = density * 2 / len(GRID)
+    mean = (mass * GRID).sum(-1)
+    variance = (mass * (GRID - mean[..., None]) ** 2).sum(-1)
+    return mean, variance.sqrt()
+
+
+def entropy_of(density: Tensor) -> Tensor:
+    """Entropy [...] in nats of a density [..., G] on GRID."""
+    return torch.special.entr(density).sum(-1) * 2 / len(GRID)
+
+
+def nash_gap(actions: Tensor, args: Args) -> Tensor:
+    """What one agent could gain at most by its best response [S], from samples [S, K, N] of the joint policies.
+
+    Responses are tried on GRID; the samples of the others stand for their policies.
+    """
+    current = team_reward(actions, args).mean(1)
+    gains = []
+    for agent in range(actions.shape[-1]):
+        deviations = actions[:, None].repeat(1, len(GRID), 1, 1)  # [S, G, K, N]
+        deviations[..., agent] = GRID[:, None]
+        best_response = team_reward(deviations, args).mean(2).amax(1)
+        gains.append(best_response - current)
+    return torch.stack(gains).amax(0)
+
+
+# ---------------------------------------------------------------------------------------------- the moments policy
+
+
+class MomentsPolicy(nn.Module):
+    """`stack` Gaussians, clipped to [-1, 1], whose mean and deviation are set from outside."""
+
+    def __init__(self, stack: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(stack, 1, 1))
+        self.register_buffer("std", torch.ones(stack, 1, 1))
+
+    def sample(self, batch_size: int) -> Tensor:
+        """Actions [S, B, 1] in [-1, 1]."""
+        noise = torch.randn(len(self.mean), batch_size, 1)
+        return (self.mean + self.std * noise).clamp(-1, 1)
+
+
+def update_moments(learner: Learner, actions: Tensor) -> None:
+    """Give every Gaussian the mean and deviation of its energy-based policy, by quadrature of the local critic."""
+    candidates = 2 * torch.rand(len(actions), 8, *actions.shape[1:]) - 1
+    update_local_critic(learner, actions, candidates)
+    with torch.no_grad():
+        energy = learner.local_critic(GRID[:, None].expand(len(actions), -1, -1))
+    density = boltzmann(energy, learner.log_temperature.detach().exp()[:, None])
+    mean, std = moments(density)
+    learner.policy.mean.copy_(mean[:, None, None])
+    learner.policy.std.copy_(std[:, None, None])
+    update_temperature(learner, entropy_of(density) - learner.args.target_entropy)
+
 
 # ------------------------------------------------------------------------------------------------- inside the runs
 
 
-def watched(args: Args, policy: Policy, num_agents: int) -> dict[str, np.ndarray]:
-    """A run of ddpl_coordination.py as seen from inside.
+class WatchedLearner(Learner):
+    """A learner that can learn the moments policy, and that is looked at twenty times over a run, once it learns.
 
-    gaps [20, S]: Nash gaps over training. snapshots [20, N, 500]: actions of the first seed's agents over training.
-    energy [N, G]: what each action is worth to them at the end, E[Q(a_i, a_-i)] on GRID.
+    gaps [looks, S]: Nash gaps. snapshots [looks, N, 500]: actions of the first seed's agents. looks: after how many
+    joint actions.
     """
-    gaps, snapshots, learners = [], [], []
 
-    def watch(learner: Learner) -> None:
-        device = learner.grid.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            joint = learner.joint(learner.policy.sample(500))
-        gaps.append(nash_gap(joint[:, :100], args))
-        snapshots.append(joint[0].T)
-        learners[:] = [learner]
+    def __init__(self, args: Args, policy: str, num_agents: int):
+        super().__init__(args, policy, num_agents)
+        if policy == "moments":
+            self.policy = MomentsPolicy(args.num_seeds * num_agents)
+        self.played = math.ceil(args.learning_starts / args.num_envs) * args.num_envs
+        self.looks, self.gaps, self.snapshots = [], [], []
 
-    outcomes = learn(args, policy, num_agents, watch)
+    def update_policy(self, drawn: Tensor) -> None:
+        if isinstance(self.policy, MomentsPolicy):
+            update_moments(self, drawn)
+        else:
+            super().update_policy(drawn)
+        before, self.played = self.played, self.played + self.args.num_envs
+        if self.played * 20 // self.args.total_timesteps > before * 20 // self.args.total_timesteps:
+            self.look()
+
+    def look(self) -> None:
+        with torch.random.fork_rng(devices=[]):  # so that the run is the same as without a look
+            joint = self.joint(self.policy.sample(500))
+        self.looks.append(self.played)
+        self.gaps.append(nash_gap(joint[:, :100], self.args))
+        self.snapshots.append(joint[0].T)
+
+
+def watched(args: Args, policy: str, num_agents: int) -> dict[str, np.ndarray]:
+    """What learn returns, and what the learner has seen: looks, gaps and snapshots.
+
+    energy [N, G]: what each action is worth to the first seed's agents at the end, E[Q(a_i, a_-i)] on GRID.
+    """
+    learners = []
+
+    def make_learner(*arguments) -> WatchedLearner:
+        learners.append(WatchedLearner(*arguments))
+        return learners[0]
+
+    outcomes = learn(args, policy, num_agents, make_learner)
     (learner,) = learners
     others = learner.policy.sample(200)
-    candidates = learner.grid[:, None, None].expand(len(others), -1, 200, 1)
+    candidates = GRID[:, None, None].expand(len(others), -1, 200, 1)
     energy = learner.score(others, candidates)[:num_agents].mean(2)
-    seen = {"gaps": torch.stack(gaps), "snapshots": torch.stack(snapshots), "energy": energy}
-    return outcomes | {name: values.cpu().numpy() for name, values in seen.items()}
+    seen = {"gaps": torch.stack(learner.gaps), "snapshots": torch.stack(learner.snapshots), "energy": energy}
+    return outcomes | {name: values.numpy() for name, values in seen.items()} | {"looks": np.array(learner.looks)}
 
 
-def plot_training(args: Args, runs: dict[tuple[Policy, int], dict[str, np.ndarray]], path: Path) -> None:
+def interval(values: np.ndarray, statistic: Callable = np.mean, repeats: int = 2000) -> np.ndarray:
+    """95 % percentile bootstrap [2, ...] of a statistic over the first axis, the seeds."""
+    rows = np.random.default_rng(0).integers(len(values), size=(repeats, len(values)))
+    return np.percentile(statistic(values[rows], axis=1), [2.5, 97.5], axis=0)
+
+
+def plot_first_success(args: Args, runs: Runs, path: Path) -> None:
+    """Joint actions to the first success, median over seeds and its interval, against the number of agents."""
+    figure = Figure(figsize=(5, 3.8), dpi=100, layout="tight")
+    axes = figure.subplots()
+    shifts = np.linspace(-0.12, 0.12, len(COLORS))  # so that the bars stand side by side
+    for (policy, color), shift in zip(COLORS.items(), shifts):
+        first = np.array([runs[policy, n]["first_success"] for n in args.num_agents])  # [num_agents, S]
+        medians = np.median(first, 1)
+        bars = np.abs(interval(first.T, np.median) - medians)
+        positions = np.array(args.num_agents) + shift
+        axes.errorbar(positions, medians, bars, label=policy, color=color, marker="o", capsize=3)
+    axes.axhline(args.total_timesteps, color="black", linewidth=0.5, linestyle=":")
+    axes.set(yscale="log", ylabel="joint actions to the first success (median)")
+    axes.set(xlabel="agents", xticks=args.num_agents)
+    axes.legend()
+    figure.savefig(path)
+
+
+def plot_training(args: Args, runs: Runs, path: Path) -> None:
     """One run of each policy: every agent's density over training, and the final energy (its local critic)."""
     n = max(args.num_agents)
-    figure = Figure(figsize=(2.2 * (n + 1), 2.1 * len(args.policies)), dpi=70, layout="tight")
-    rows = figure.subplots(len(args.policies), n + 1, squeeze=False, sharey=True)
-    for row, policy in zip(rows, args.policies):
+    figure = Figure(figsize=(2.2 * (n + 1), 2.1 * len(LEARNED)), dpi=70, layout="tight")
+    rows = figure.subplots(len(LEARNED), n + 1, squeeze=False, sharey=True)
+    for row, policy in zip(rows, LEARNED):
         run = runs[policy, n]
         for agent in range(n):
-            drawn = run["snapshots"][:, agent]  # [20, 500]
+            drawn = run["snapshots"][:, agent]  # [looks, 500]
             density = [np.histogram(actions, bins=50, range=(-1, 1), density=True)[0] for actions in drawn]
-            extent = (0, args.total_timesteps, -1, 1)
+            extent = (args.total_timesteps * (1 - len(drawn) / 20), args.total_timesteps, -1, 1)
             row[agent].imshow(np.array(density).T, origin="lower", aspect="auto", extent=extent, vmax=3)
             row[agent].set(title=f"{policy}, agent {agent + 1}", xlabel="joint actions")
             row[agent].tick_params(labelsize=7)
@@ -104,16 +224,15 @@ def plot_training(args: Args, runs: dict[tuple[Policy, int], dict[str, np.ndarra
     figure.savefig(path)
 
 
-def plot_nash_gap(args: Args, runs: dict[tuple[Policy, int], dict[str, np.ndarray]], path: Path) -> None:
+def plot_nash_gap(args: Args, runs: Runs, path: Path) -> None:
     """What one agent could gain alone, over training: mean and interval over seeds, for every number of agents."""
     figure = Figure(figsize=(2.6 * len(args.num_agents), 2.8), dpi=90, layout="tight")
     (axes,) = figure.subplots(1, len(args.num_agents), squeeze=False, sharey=True)
     for n, plot in zip(args.num_agents, axes):
-        for policy in args.policies:
-            gaps = runs[policy, n]["gaps"]  # [20, S]
-            steps = np.linspace(0, args.total_timesteps, len(gaps) + 1)[1:]
-            plot.plot(steps, gaps.mean(1), color=COLORS[policy], label=policy)
-            plot.fill_between(steps, *interval(gaps.T), color=COLORS[policy], alpha=0.2, linewidth=0)
+        for policy in LEARNED:
+            gaps, looks = runs[policy, n]["gaps"], runs[policy, n]["looks"]  # [looks, S], [looks]
+            plot.plot(looks, gaps.mean(1), color=COLORS[policy], label=policy)
+            plot.fill_between(looks, *interval(gaps.T), color=COLORS[policy], alpha=0.2, linewidth=0)
         plot.set(title=f"{n} agents" if n > 1 else "1 agent", xlabel="joint actions")
     axes[0].set(ylabel="gain of the best response")
     axes[0].legend()
@@ -160,9 +279,10 @@ def fit_issm(args: Args, num_updates: int = 1000) -> DiffusionPolicy:
     torch.manual_seed(args.seed)
     learner = Learner(args, "diffusion", 1)
     log_density = before_the_bonus(args).log()
+    sigmas = torch.tensor(args.sigmas)
     for _ in range(num_updates):
         drawn = learner.policy.sample(args.actor_batch_size)
-        candidates, log_proposal = propose_actions(drawn, learner.sigmas, args.num_uniform, args.num_per_kernel)
+        candidates, log_proposal = propose_actions(drawn, sigmas, args.num_uniform, args.num_per_kernel)
         cells = ((candidates[..., 0] + 1) / 2 * len(GRID)).long().clamp(0, len(GRID) - 1)
         weights, _ = issm_weights(log_density[cells], log_proposal, torch.ones(len(candidates)))
         match_denoisers(learner, candidates, weights)
@@ -279,20 +399,23 @@ def plot_issm(args: Args, path: Path) -> None:
 
 
 def draw(args: Args, folder: Path) -> None:
-    """Train what the figures need and write all four to a folder. Raises RunError for bad arguments."""
+    """Train what the figures need, print the table and write all six to a folder. Raises RunError for bad arguments."""
     check_args(args)
-    require(args, "policies", "uniform" not in args.policies, "policies that learn")
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     plot_exact(args, folder / "exact.png")
     plot_issm(args, folder / "issm.png")
-    runs = run_all(watched, args)
+    runs = {pair: watched(args, *pair) for pair in product(LEARNED, args.num_agents)}
+    runs |= {("uniform", n): learn(args, "uniform", n) for n in args.num_agents}
+    print_table(args, runs)
+    plot_success(args, runs, COLORS, folder / "success.png")
+    plot_first_success(args, runs, folder / "first_success.png")
     plot_training(args, runs, folder / "training.png")
     plot_nash_gap(args, runs, folder / "nash_gap.png")
 
 
 def main() -> None:
-    args = tyro.cli(Args, default=DEFAULTS, description=draw.__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    args = tyro.cli(Args, default=DEFAULTS, description=draw.__doc__)
     try:
         draw(args, ROOT / "benchmark" / "results" / "coordination")
     except RunError as error:

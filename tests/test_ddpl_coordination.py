@@ -1,28 +1,26 @@
-"""ddpl_coordination.py: the game, its quadrature, that coordination is learned, its worker processes; its figures."""
+"""ddpl_coordination.py: the game, that coordination is learned, files and errors; its figures."""
 
 import csv
 import itertools
+import json
 import math
-import os
 import signal
 import subprocess
-import sys
-import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import OnMeta, command, equal, error_of, wait_for
+from helpers import OnMeta, command, equal, wait_for
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 import ddpl_coordination
 from benchmark import ddpl_coordination_figures as coordination_figures
-from ddpl_coordination import Args, Learner, RunError, learn, nash_gap, success, team_reward, train, update
+from benchmark.ddpl_coordination_figures import WatchedLearner, nash_gap, watched
+from ddpl_coordination import Args, Learner, RunError, learn, main, success, team_reward, train
 
 JOINT, MATCH = Args(), Args(game="match")
 
@@ -57,13 +55,6 @@ def test_coordination_is_the_optimum(num_agents):
     best = grid[torch.isclose(reward, reward.max(), rtol=1e-3)]
     assert sorted(best[:, 0].sign().tolist()) == [-1, 1] and (best == best[:, :1]).all()
     torch.testing.assert_close(ddpl_coordination.own_payoff(-plus), ddpl_coordination.own_payoff(plus))
-
-
-def test_nash_gap_of_known_teams():
-    """Nothing to gain at +0.7; the bonus and its own payoff for the one out of place; its own payoff if two are."""
-    teams = torch.tensor([[0.7, 0.7, 0.7], [0.7, 0.7, 0.0], [-0.7, -0.7, -0.7], [0.7, 0.0, 0.0]])[:, None]
-    own = (1 - math.exp(-(0.7**2) / 0.08)) / 3
-    torch.testing.assert_close(nash_gap(teams, JOINT), torch.tensor([0, 1 + own, 0, own]), atol=1e-3, rtol=0)
 
 
 # ---- the learner
@@ -115,36 +106,38 @@ def test_local_critic_ignores_what_the_others_add_to_all_candidates():
 LEARNED = ("diffusion", "gaussian", "moments")
 
 
-def batch(learner):
-    """What update learns from: joint actions, their reward, and what the policies have drawn."""
-    device = learner.grid.device
-    actions = 2 * torch.rand(learner.args.num_seeds, 64, learner.num_agents, device=device) - 1
-    return actions, team_reward(actions, learner.args), learner.policy.sample(16)
+def update(learner):
+    """One update, from random joint actions and what the policies have drawn."""
+    actions = 2 * torch.rand(learner.args.num_seeds, 64, learner.num_agents) - 1
+    ddpl_coordination.update_critic(learner, actions, team_reward(actions, learner.args))
+    learner.update_policy(learner.policy.sample(16))
 
 
 @pytest.mark.parametrize("policy", LEARNED)
 def test_an_update_changes_the_networks_of_its_policy_and_no_others(policy):
-    learner = Learner(Args(num_seeds=2), policy, 2)
+    learner = WatchedLearner(Args(num_seeds=2), policy, 2)
     before = {name: value.clone() for name, value in learner.state_dict().items()}
-    update(learner, *batch(learner))
+    update(learner)
     parts = {"critic", "local_critic", "policy", "log_temperature"}
     changed = {name.split(".")[0] for name, value in learner.state_dict().items() if not equal(value, before[name])}
     assert changed == parts - ({"local_critic"} if policy == "gaussian" else set())
 
 
-@pytest.mark.parametrize("policy", LEARNED)
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 def test_a_whole_update_stays_on_its_device(policy, monkeypatch):
     monkeypatch.setattr(ddpl_coordination, "Adam", lambda *args, fused: torch.optim.Adam(*args))  # fused: CPU and GPUs
-    learner = Learner(Args(num_seeds=2), policy, 3, "meta")
-    with OnMeta():
-        actions, reward, drawn = batch(learner)
-        update(learner, actions, reward, drawn)
+    with torch.device("meta"), OnMeta():
+        learner = Learner(Args(num_seeds=2), policy, 3)
+        actions = torch.rand(2, 64, 3)
+        ddpl_coordination.update_critic(learner, actions, team_reward(actions, learner.args))
+        learner.update_policy(learner.policy.sample(16))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("policy", [*LEARNED, "uniform"])
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian", "uniform"])
 def test_a_run_on_the_gpu(policy):
-    outcomes = learn(Args(num_seeds=2, total_timesteps=480, device="cuda"), policy, 2)
+    with torch.device("cuda"):
+        outcomes = learn(Args(num_seeds=2, total_timesteps=480), policy, 2)
     assert all(np.isfinite(values).all() for values in outcomes.values())
 
 
@@ -152,7 +145,7 @@ def test_a_run_on_the_gpu(policy):
 @pytest.mark.parametrize("target_entropy, sign", [(-5.0, -1), (0.69, 1)])
 def test_temperature_follows_the_entropy(policy, target_entropy, sign, monkeypatch):
     """It falls where the entropy exceeds its target, and rises where it does not, at a critic with one sharp peak."""
-    learner = Learner(Args(num_seeds=1, target_entropy=target_entropy), policy, 2)
+    learner = WatchedLearner(Args(num_seeds=1, target_entropy=target_entropy), policy, 2)
     learner.critic = Known(lambda joint: -5 * joint.square().sum(-1))
     for _ in range(200):
         ddpl_coordination.update_local_critic(learner, torch.rand(2, 16, 1), 2 * torch.rand(2, 8, 16, 1) - 1)
@@ -160,7 +153,7 @@ def test_temperature_follows_the_entropy(policy, target_entropy, sign, monkeypat
         learner.policy.log_std.data.fill_(-3)
     before = learner.log_temperature.detach().clone()
     monkeypatch.setattr(ddpl_coordination, "update_critic", lambda *_: None)  # it is known
-    update(learner, *batch(learner))
+    update(learner)
     assert ((learner.log_temperature - before).sign() == sign).all()
 
 
@@ -173,49 +166,46 @@ def test_gaussian_widens_where_all_actions_are_equal():
     assert (learner.policy.log_std > -1.9).all()
 
 
-def test_moments_policy_matches_the_energy():
-    """Mean, deviation and entropy of exp(3 a) on the box, against quadrature."""
-    density = ddpl_coordination.boltzmann(3 * ddpl_coordination.GRID, 1.0)
-    z = quad(lambda a: math.exp(3 * a), -1, 1)[0]
-    mean = quad(lambda a: a * math.exp(3 * a) / z, -1, 1)[0]
-    std = quad(lambda a: (a - mean) ** 2 * math.exp(3 * a) / z, -1, 1)[0] ** 0.5
-    ours = [value.item() for value in ddpl_coordination.moments(density)]
-    assert ours == pytest.approx([mean, std], abs=1e-3)
-    assert ddpl_coordination.entropy_of(density).item() == pytest.approx(math.log(z) - 3 * mean, abs=1e-3)
-
-
 # ---- learning
 
 
 def test_diffusion_coordinates_where_moments_do_not():
     args = Args(num_seeds=4, total_timesteps=6000)
-    diffusion, moments, uniform = (learn(args, policy, 2) for policy in ("diffusion", "moments", "uniform"))
+    diffusion, moments, uniform = watched(args, "diffusion", 2), watched(args, "moments", 2), learn(args, "uniform", 2)
     assert (diffusion["final_success"] > 0.5).sum() >= 3
     assert diffusion["final_success"].mean() > moments["final_success"].mean() + 0.2
     assert 1 <= uniform["first_success"].min() and np.median(uniform["first_success"]) < 200  # 44 on average
     assert uniform["final_success"].mean() == pytest.approx(0.15**2, abs=0.01)
-    assert diffusion["nash_gap"].mean() < 0.3 < uniform["nash_gap"].mean()
+    assert diffusion["gaps"][-1].mean() < 0.3 < nash_gap(2 * torch.rand(4, 200, 2) - 1, args).mean()
 
 
-def test_train_writes_what_it_returns():
-    args = Args(num_seeds=2, total_timesteps=480, num_agents=(1, 2), num_processes=1)
+def test_train_writes_what_it_returns(capsys):
+    args = Args(num_seeds=2, total_timesteps=480, num_agents=(1, 2))
     result = train(args)
     folder = Path(result["run_dir"])
+    assert folder.name.startswith("ddpl_coordination__joint__1__")
     assert {path.name for path in folder.iterdir()} == {"args.json", "coordination.csv", "result.json", "success.png"}
+    assert json.loads((folder / "result.json").read_text()) == result
+    arguments = json.loads((folder / "args.json").read_text())
+    assert arguments.items() >= {"num_seeds": 2, "num_agents": [1, 2], "script": "ddpl_coordination"}.items()
     rows = list(csv.DictReader(open(folder / "coordination.csv")))
-    assert len(rows) == 4 * 2 * 2 and result["global_step"] == 16 * 480
+    assert len(rows) == 3 * 2 * 2 and result["global_step"] == 12 * 480
     returns = [float(r["final_return"]) for r in rows if r["policy"] == "diffusion" and r["num_agents"] == "2"]
-    assert result["episodic_returns"] == pytest.approx(returns) and result["final_return"] == pytest.approx(
-        np.mean(returns)
-    )
-    in_two_processes = train(replace(args, num_processes=2))
-    assert in_two_processes["rows"] == result["rows"]
+    assert result["episodic_returns"] == pytest.approx(returns)
+    assert result["final_return"] == pytest.approx(np.mean(returns))
+    ours = [row for row in rows if row["policy"] == "gaussian" and row["num_agents"] == "2"]
+    for name, values in learn(args, "gaussian", 2).items():
+        assert [float(row[name]) for row in ours] == values.tolist()
+    table = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert table == [[policy, n] for policy in ("diffusion", "gaussian", "uniform") for n in "12"]
 
 
 @pytest.mark.parametrize("policy", LEARNED)
-def test_diverging_run_says_where(policy):
-    with pytest.raises(RunError, match=f"the actions of the {policy} policy are NaN after 300 joint actions"):
-        learn(Args(num_seeds=2, total_timesteps=1000, critic_lr=1e30), policy, 2)
+@pytest.mark.parametrize("total_timesteps", [1000, 264])
+def test_diverging_run_says_where(policy, total_timesteps):
+    """While it learns, and where only the last update went wrong."""
+    with pytest.raises(RunError, match=f"the actions of the {policy} policy are NaN after 2[5-7]. joint actions"):
+        learn(Args(num_seeds=2, total_timesteps=total_timesteps, critic_lr=1e30), policy, 2, WatchedLearner)
 
 
 @pytest.mark.parametrize(
@@ -223,11 +213,8 @@ def test_diverging_run_says_where(policy):
     [
         ({"num_agents": (9,)}, "--num-agents"),
         ({"num_agents": ()}, "--num-agents"),
-        ({"policies": ()}, "--policies"),
         ({"num_agents": (2, 2)}, "--num-agents"),
         ({"num_agents": 2}, "--num-agents"),
-        ({"policies": ("diffusion", "diffusion")}, "--policies"),
-        ({"policies": ("beta",)}, "--policies"),
         ({"game": "chess"}, "--game"),
         ({"seed": -1}, "--seed"),
         ({"batch_size": 64.0}, "--batch-size"),
@@ -244,158 +231,94 @@ def test_diverging_run_says_where(policy):
         ({"num_seeds": 0}, "--num-seeds"),
         ({"num_uniform": -1}, "--num-uniform"),
         ({"num_per_kernel": 1, "num_uniform": 0, "sigmas": (0.1,)}, "--num-per-kernel"),
-        ({"total_timesteps": 10}, "--total-timesteps"),
+        ({"total_timesteps": 10}, "--learning-starts"),
+        ({"total_timesteps": 2**32 - 1}, "--total-timesteps"),
+        ({"hidden": 10**6}, "--hidden"),
     ],
 )
 def test_bad_arguments_name_the_flag(options, named, monkeypatch):
-    monkeypatch.setattr(ddpl_coordination, "run_all", None)
+    monkeypatch.setattr(ddpl_coordination, "learn", None)
     with pytest.raises(RunError, match=f"^{named}: .*must be"):
         train(Args(**options))
     assert not Path("runs").exists()
 
 
-def test_no_room_is_told_in_one_line():
-    assert "no room for this run" in error_of(ddpl_coordination, total_timesteps=2**32 - 1, num_processes=1)
+# ---- errors and signals
 
 
-# ---- files, processes and signals
-
-
-def test_a_full_disk_leaves_no_half_written_table(monkeypatch):
-    def full(writer, rows):
+def test_a_full_disk_is_told_in_one_line(monkeypatch):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(csv.DictWriter, "writerows", full)
-    options = dict(policies=("uniform",), num_agents=(1,), num_seeds=1, total_timesteps=480, num_processes=1)
-    assert "No space left" in error_of(ddpl_coordination, **options)
-    assert list(Path("runs").glob("*/args.json")) and not list(Path("runs").glob("*/coordination.csv"))
+    monkeypatch.setattr(ddpl_coordination, "write_csv", full)
+    with pytest.raises(SystemExit) as stopped:
+        main(Args(num_agents=(1,), num_seeds=1, total_timesteps=480))
+    message = str(stopped.value.code)
+    assert message.startswith("ddpl_coordination.py: error: ") and "No space left" in message and "\n" not in message
+    assert list(Path("runs").glob("*/args.json")) and not list(Path("runs").glob("*/result.json"))
 
 
-def children(process):
-    """The ids of the processes that a process's first thread has started, or that an ended thread has left to it."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+def test_exit_code_and_standard_error():
+    done = subprocess.run(command(ddpl_coordination, bonus=-1), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--bonus" in done.stderr
+    done = subprocess.run(command(ddpl_coordination, game="chess"), capture_output=True, text=True)
+    assert done.returncode and all(word in done.stderr for word in ("--game", "joint", "match"))
+    assert not Path("runs").exists()
 
 
-def running(pid):
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def blocks_interrupts(pid):
-    (mask,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigBlk" in line)
-    return bool(int(mask, 16) & 1 << (signal.SIGINT - 1))
-
-
-def ended(pids, seconds=10):
-    """Whether all of these processes end in this time."""
-    deadline = time.monotonic() + seconds
-    while any(map(running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(map(running, pids))
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-
-SLEEPERS = """
-import os, sys, time
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import ddpl_coordination
-
-def job(args, policy, num_agents):
-    Path(f"{{os.getpid()}}.worker").touch()
-    time.sleep(600)
-
-if __name__ == "__main__":
-    ddpl_coordination.run_all(job, ddpl_coordination.Args())
-"""
-
-
-@needs_proc
-def test_workers_end_with_a_killed_parent():
-    Path("sleepers.py").write_text(SLEEPERS.format(root=str(Path(ddpl_coordination.__file__).parent)))
-    process = subprocess.Popen([sys.executable, "sleepers.py"], stderr=subprocess.DEVNULL)
-    wait_for(process, lambda: len(list(Path().glob("*.worker"))) == 2)
-    workers = [int(path.stem) for path in Path().glob("*.worker")]
-    assert all(map(running, workers))
-    process.kill()
-    process.wait()
-    assert ended(workers)
-
-
-@needs_proc
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_ends_script_and_workers_in_one_line(number):
-    """Ctrl-C reaches the whole process group, and so workers that are still starting; SIGTERM the script alone."""
+def test_ctrl_c_ends_the_script_in_one_line():
     command_line = command(ddpl_coordination, total_timesteps=1_000_000)
-    process = subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(process, lambda: len(children(process)) == 3)  # two workers, and Python's resource tracker
-        started = children(process)
-        assert sum(map(blocks_interrupts, started)) >= 2  # or workers would print tracebacks, now and then
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
+        wait_for(process, lambda: list(Path().glob("runs/*/args.json")))
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 128 + number
+    assert process.returncode == 130
     assert errors.startswith("stopped before the end") and errors.count("\n") == 1
     assert [path.name for path in Path("runs").glob("*/*")] == ["args.json"]
-    assert ended(started)
-
-
-def die(args, policy, num_agents):
-    os._exit(1)
-
-
-def test_a_dead_worker_is_told_in_one_line(monkeypatch):
-    monkeypatch.setattr(ddpl_coordination, "learn", die)
-    assert "terminated abruptly" in error_of(ddpl_coordination, policies=("uniform",), num_agents=(1,))
-
-
-def test_stop_is_an_exit_code_and_a_second_signal_ends_at_once(monkeypatch, capsys):
-    def interrupted(args):
-        ddpl_coordination.stop(signal.SIGTERM, None)
-
-    monkeypatch.setattr(ddpl_coordination, "train", interrupted)
-    before = signal.signal(signal.SIGTERM, ddpl_coordination.stop)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            ddpl_coordination.main(Args())
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert stopped.value.code == 143 and capsys.readouterr().err.count("\n") == 1
 
 
 # ---- benchmark/ddpl_coordination_figures.py
 
 
-@pytest.mark.parametrize("policy", LEARNED)
+def test_moments_policy_matches_the_energy():
+    """Mean, deviation and entropy of exp(3 a) on the box, against quadrature."""
+    density = coordination_figures.boltzmann(3 * coordination_figures.GRID, 1.0)
+    z = quad(lambda a: math.exp(3 * a), -1, 1)[0]
+    mean = quad(lambda a: a * math.exp(3 * a) / z, -1, 1)[0]
+    std = quad(lambda a: (a - mean) ** 2 * math.exp(3 * a) / z, -1, 1)[0] ** 0.5
+    ours = [value.item() for value in coordination_figures.moments(density)]
+    assert ours == pytest.approx([mean, std], abs=1e-3)
+    assert coordination_figures.entropy_of(density).item() == pytest.approx(math.log(z) - 3 * mean, abs=1e-3)
+
+
+def test_nash_gap_of_known_teams():
+    """Nothing to gain at +0.7; the bonus and its own payoff for the one out of place; its own payoff if two are."""
+    teams = torch.tensor([[0.7, 0.7, 0.7], [0.7, 0.7, 0.0], [-0.7, -0.7, -0.7], [0.7, 0.0, 0.0]])[:, None]
+    own = (1 - math.exp(-(0.7**2) / 0.08)) / 3
+    torch.testing.assert_close(nash_gap(teams, JOINT), torch.tensor([0, 1 + own, 0, own]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 def test_a_run_is_the_same_when_watched(policy):
-    args = Args(num_seeds=2, total_timesteps=480)
-    plain, watched = learn(args, policy, 2), coordination_figures.watched(args, policy, 2)
-    assert all(np.array_equal(values, watched[name]) for name, values in plain.items())
-    shapes = {name: watched[name].shape for name in watched.keys() - plain.keys()}
-    assert shapes == {"gaps": (20, 2), "snapshots": (20, 2, 500), "energy": (2, 100)}
+    args = Args(num_seeds=2, total_timesteps=480, learning_starts=24)
+    plain, seen = learn(args, policy, 2), watched(args, policy, 2)
+    assert all(np.array_equal(values, seen[name]) for name, values in plain.items())
+    assert seen["looks"].tolist() == list(range(48, 481, 24))
+    shapes = {name: seen[name].shape for name in seen.keys() - plain.keys() - {"looks"}}
+    assert shapes == {"gaps": (19, 2), "snapshots": (19, 2, 500), "energy": (2, 100)}
 
 
 def test_all_figures_are_drawn(monkeypatch):
     fit_issm = coordination_figures.fit_issm
     monkeypatch.setattr(coordination_figures, "fit_issm", lambda args: fit_issm(args, num_updates=10))
     monkeypatch.setattr(coordination_figures, "issm_error", partial(coordination_figures.issm_error, repeats=20))
-    args = Args(num_seeds=2, total_timesteps=480, num_agents=(2,), num_processes=1, policies=("diffusion",))
+    args = Args(num_seeds=2, total_timesteps=480, num_agents=(2,))
     coordination_figures.draw(args, Path("figures"))
     figures = {path.stem for path in Path("figures").glob("*.png") if path.stat().st_size > 5_000}
-    assert figures == {"training", "nash_gap", "exact", "issm"}
-
-
-def test_figures_need_policies_that_learn():
-    with pytest.raises(RunError, match="^--policies: .*must be policies that learn"):
-        coordination_figures.draw(Args(), Path("figures"))
-    assert not Path("figures").exists()
+    assert figures == {"success", "first_success", "training", "nash_gap", "exact", "issm"}
 
 
 def test_energy_policy_and_its_fits_without_learning_a_critic():

@@ -35,7 +35,7 @@ COUNTS = because("Isaac Lab's episodes are seeded by the step and count successe
 GAME = because(
     "the coordination game stacks seeds with agents, has no observations and no next state, and is over "
     "before a checkpoint",
-    "Algorithm DiffusionPolicy GaussianPolicy Learner update update_critic update_local_critic "
+    "Args check_args DiffusionPolicy GaussianPolicy Learner update_critic update_local_critic "
     "update_diffusion update_gaussian train main",
 ) | because("not compiled: it is over before", "StackedLinear take_step")
 QVPO = because("another algorithm, with one agent", "DiffusionPolicy Learner update update_critic Batch")
@@ -60,15 +60,15 @@ DIFFERENT = {
     | PROCESSES
     | COUNTS
     | because("another benchmark", "StackedAgents"),
-    (ddpl_mpe, ddpl_coordination): SETTINGS | GAME,
-    (ddpl_mamujoco, ddpl_coordination): SETTINGS | GAME,
-    (ddpl_isaaclab, ddpl_coordination): SETTINGS | GAME,
+    (ddpl_mpe, ddpl_coordination): GAME,
+    (ddpl_mamujoco, ddpl_coordination): GAME,
+    (ddpl_isaaclab, ddpl_coordination): GAME,
     (ddpl_mpe, qvpo): SETTINGS | TASK | LOOP | BENCHMARK | QVPO | CLIPPED,
     (ddpl_mamujoco, qvpo): SETTINGS | TASK | LOOP | BENCHMARK | QVPO | CLIPPED,
     (ddpl_isaaclab, qvpo): SETTINGS | TASK | LOOP | BENCHMARK | QVPO | CLIPPED | COUNTS | PROCESSES,
     (ddpl_coordination, qvpo): because(
         "another algorithm",
-        "Run Args check_args Algorithm StackedLinear DiffusionPolicy Learner update update_critic take_step train main",
+        "Args check_args StackedLinear DiffusionPolicy Learner update_critic take_step train main",
     ),
     (ddpl_mpe, bang_bang): SETTINGS | LOOP | BENCHMARK | PPO | CLIPPED | because("another task", "Task"),
     (ddpl_mamujoco, bang_bang): SETTINGS | LOOP | BENCHMARK | PPO | CLIPPED | because("another task", "Task"),
@@ -80,7 +80,7 @@ DIFFERENT = {
     | PROCESSES
     | because("another task", "Task"),
     (ddpl_coordination, bang_bang): because(
-        "another algorithm", "Policy Run Args check_args GaussianPolicy Learner update take_step train main"
+        "another algorithm", "Args check_args GaussianPolicy Learner take_step train main"
     ),
     (qvpo, bang_bang): SETTINGS
     | LOOP
