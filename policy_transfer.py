@@ -514,7 +514,7 @@ def curve(quantity: str, xs: Array, values: Array, slope: tuple[float, float] | 
     """Lines of the CSV for values [S, X]: median and 10 % and 90 % quantiles of the finite ones, and their number.
 
     One line more has the slope in log scale over the xs within the bounds `slope`, of the geometric means over S of
-    what is finite at all of them, with a 95 % bootstrap interval.
+    what is finite at all of them, with a 95 % bootstrap interval, which is NaN where S is 1.
     """
     rows = []
     for x, column in zip(xs, np.asarray(values, dtype=float).T):
@@ -528,7 +528,7 @@ def curve(quantity: str, xs: Array, values: Array, slope: tuple[float, float] | 
         def fit(samples: Array, axis: int) -> Array:
             return np.polyfit(np.log(xs[inside]), np.log(samples).mean(axis).T, 1)[0]
 
-        low, high = interval(values, fit)
+        low, high = interval(values, fit) if len(values) > 1 else (math.nan, math.nan)
         found = {"value": fit(values, 0), "low": low, "high": high, "count": len(values)}
         rows.append({"quantity": quantity, "x": "slope"} | found)
     return rows
@@ -565,7 +565,7 @@ def measure_learning(args: Args) -> list[dict]:
 
 def measure_model_free(args: Args) -> list[dict]:
     """Part 3: the model-free gain's distance from its limit over trajectories, and from the optimum over the step."""
-    counts, steps = 4 ** np.arange(3, 8), np.array([0.2, 0.1, 0.05])
+    counts, steps = 2 ** np.arange(7, 17, 2), np.array([0.2, 0.1, 0.05])
     of_counts, (of_steps, exact) = (
         np.zeros((args.num_repeats, len(counts))),
         np.zeros((2, args.num_repeats, len(steps))),
@@ -764,26 +764,27 @@ def plot(rows: list[dict], path: Path) -> None:
     for name, color in (("ipo", "tab:blue"), ("natural_gradient", "tab:orange"), ("gradient", "tab:green")):
         line(learning, f"{name}_step: error", name.replace("_", " ").replace("ipo", "IPO"), color, marker="")
     learning.set(xscale="symlog", yscale="log", xlabel="step", ylabel="|P - P*| / |P*|", ylim=(1e-15, None))
-    line(model_free, "model-free: error over trajectories", "error of the gain", "tab:blue")
+    line(model_free, "model-free: error over trajectories", "over trajectories, from the limit", "tab:blue")
     model_free.set(xscale="log", yscale="log", xlabel="trajectories", ylabel="|K - K*| / |K*|")
-    for name, color in (("IPO", "tab:blue"), ("pendulum 2D", "tab:orange")):
+    steps = model_free.twiny()
+    line(steps, "model-free: error over the step", "over the step, from the optimum", "tab:orange")
+    line(steps, "model-free: endless trajectories", "the same, limit", "black", linestyle=":")
+    steps.set(xscale="log", xlabel="step")
+    steps.legend(fontsize=8, loc="lower right")
+    for name, other, color in (("IPO", "random start", "tab:blue"), ("pendulum 2D", "uniform", "tab:orange")):
         line(transfer, f"{name}: steps from source", f"{name}, from the source's policy", color)
-        other = "random start" if name == "IPO" else "uniform"
         line(transfer, f"{name}: steps from {other}", f"{name}, {other}", color, linestyle="--")
-    transfer.set(xscale="log", xlabel="distance of source and target", ylabel="steps to 1e-10", ylim=(0, 9))
+    transfer.set(xscale="log", xlabel="distance of source and target", ylabel="steps to 1e-10", ylim=(0, 12))
     share = transfer.twinx()
     line(share, "transfer: source stabilises the target", "", "black", linestyle=":")
-    share.set(ylim=(0, 1.05), ylabel="share of stabilised targets (dotted)")
-    for name, color in (
-        ("Gaussian", "tab:blue"),
-        ("mixture, centre moved", "tab:orange"),
-        ("mixture, chance moved", "tab:green"),
-    ):
+    share.set(ylim=(0, 1.5), yticks=[0, 0.5, 1], ylabel="share of stabilised targets (dotted)")
+    kinds = ("Gaussian", "mixture, centre moved", "mixture, chance moved")
+    for name, color in zip(kinds, ("tab:blue", "tab:orange", "tab:green")):
         line(diffusion, f"W2: {name}, generated", f"{name}, generated", color)
         line(diffusion, f"W2: {name}, data", f"{name}, data", color, linestyle=":", marker="")
     diffusion.set(xscale="log", yscale="log", xlabel="change of the data's law", ylabel="W2")
     for axis in (learning, model_free, transfer, diffusion):
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc={learning: "lower left", diffusion: "lower right"}.get(axis, "upper left"))
     figure.savefig(path)
 
 
@@ -799,7 +800,9 @@ def print_table(rows: list[dict]) -> None:
         if header != list(ours):
             header = list(ours)
             print(f"\n{'':50}" + "".join(f"{x:9g}" for x in header))
-        tail = f"   slope {slope['value']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]" if slope else ""
+        tail = f"   slope {slope['value']:.2f}" if slope else ""
+        if slope and slope["count"] > 1:
+            tail += f" [{slope['low']:.2f}, {slope['high']:.2f}]"
         print(f"{quantity:50}" + "".join(f"{row['value']:9.2g}" for row in ours.values()) + tail)
 
 

@@ -1,4 +1,4 @@
-"""policy_transfer.py: Riccati equations, policy learning with and without a model, transfer, the grid, diffusion models."""
+"""policy_transfer.py: Riccati equations, learning with and without the model, transfer, the grid, diffusion models."""
 
 import csv
 import math
