@@ -617,10 +617,9 @@ def measure_transfer(args: Args) -> list[dict]:
         low, high = binomtest(wins, tries).proportion_ci(method="wilson") if tries else (math.nan, math.nan)
         found = {"value": wins / max(tries, 1), "low": low, "high": high, "count": tries}
         rows.append({"quantity": "transfer: source stabilises the target", "x": eps} | found)
-    for (j, method), (k, start) in product(
-        enumerate(("IPO", "natural gradient")), enumerate(("source", "random start"))
-    ):
-        rows += curve(f"{method}: steps from {start}", EPS, counts[j, k])
+    for j, k in np.ndindex(2, 2):
+        name = f"{('IPO', 'natural gradient')[j]}: steps from {('source', 'random start')[k]}"
+        rows += curve(name, EPS, counts[j, k])
     return rows
 
 
@@ -646,9 +645,8 @@ def measure_pendulum(args: Args) -> list[dict]:
 def measure_diffusion(args: Args) -> list[dict]:
     """Part 6: W2 of what is generated for two data laws, the noise of both being the same, over their distance."""
     near, times = EPS[EPS < 0.5], HORIZON / 4 * np.arange(1, 5)
-    exact, data = np.zeros((2, args.num_pairs, len(near)))
-    sampled, centre, chance = np.zeros((3, args.num_repeats, len(near)))
-    residuals = np.zeros((args.num_repeats, len(times)))
+    data, exact = np.zeros((2, args.num_pairs, len(near)))
+    sampled, residuals = np.zeros((args.num_repeats, len(near))), np.zeros((args.num_repeats, len(times)))
     for pair, (i, eps) in product(range(args.num_pairs), enumerate(near)):
         rng = np.random.default_rng([args.seed, 6, pair])  # so that the direction is the same for every eps
         factor, direction = rng.normal(size=(2, 2, 2))
@@ -663,29 +661,21 @@ def measure_diffusion(args: Args) -> list[dict]:
             sampled[pair, i] = gaussian_distance(*(np.cov(x.T) for x in drawn))
             flow = riccati_flow(reverse_problem(2), inv(covs[1]), times)[0]
             residuals[pair] = [norm(P @ diffused(covs[1], t) - np.eye(2)) for P, t in zip(flow, times)]
-
-    def samples(repeat: int, *mixture: float) -> Array:
-        rng = np.random.default_rng([args.seed, 8, repeat])
-        return generate(lambda x, t: mixture_score(x, t, *mixture), (2_000,), rng)
-
-    for repeat in range(args.num_repeats):
-        base = samples(repeat, 1.0, 0.5)
-        centre[repeat] = [sample_distance(base, samples(repeat, 1 + eps, 0.5)) for eps in near]
-        chance[repeat] = [sample_distance(base, samples(repeat, 1.0, 0.5 + eps)) for eps in near]
-    base = mixture_quantiles(100_000, 1.0, 0.5)
-    of_centre = [[sample_distance(base, mixture_quantiles(100_000, 1 + eps, 0.5)) for eps in near]]
-    of_chance = [[sample_distance(base, mixture_quantiles(100_000, 1.0, 0.5 + eps)) for eps in near]]
-    found = {
-        "Gaussian, data": data,
-        "Gaussian, generated": exact,
-        "Gaussian, generated, samples": sampled,
-        "mixture, centre moved, data": np.array(of_centre),
-        "mixture, centre moved, generated": centre,
-        "mixture, chance moved, data": np.array(of_chance),
-        "mixture, chance moved, generated": chance,
-    }
     rows = curve("reverse SDE: |P cov - I| of its Riccati equation", times, residuals)
     rows += curve("W2 generated / W2 data: Gaussian", near, exact / data)
+    found = {"Gaussian, data": data, "Gaussian, generated": exact, "Gaussian, generated, samples": sampled}
+
+    def samples(repeat: int, mixture: tuple[float, float]) -> Array:
+        rng = np.random.default_rng([args.seed, 8, repeat])
+        return generate(lambda x, t: mixture_score(x, t, *mixture), (5_000,), rng)
+
+    base = 1.0, 0.5
+    for kind, moved in (("centre", [(1 + eps, 0.5) for eps in near]), ("chance", [(1.0, 0.5 + eps) for eps in near])):
+        quantiles = [mixture_quantiles(100_000, *mixture) for mixture in (base, *moved)]
+        found[f"mixture, {kind} moved, data"] = np.array([[sample_distance(quantiles[0], q) for q in quantiles[1:]]])
+        drawn = [[samples(repeat, mixture) for mixture in (base, *moved)] for repeat in range(args.num_repeats)]
+        distances = [[sample_distance(x, moved_x) for moved_x in others] for x, *others in drawn]
+        found[f"mixture, {kind} moved, generated"] = np.array(distances)
     return rows + [row for name, values in found.items() for row in curve(f"W2: {name}", near, values, (0, 1))]
 
 
