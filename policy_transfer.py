@@ -70,7 +70,8 @@ class Args:
 
 EPS = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0])  # relative distances of source and target
 SIZE = 4  # of the state, where one size is shown
-HORIZON, STD = 4.0, 0.3  # time of the forward SDE; standard deviation of each of the mixture's modes
+HORIZON = 4.0  # time of the forward SDE
+STD = 0.3  # standard deviation of each of the mixture's modes
 
 
 class RunError(Exception):
