@@ -350,10 +350,10 @@ def euler_limit(problem: LQR, step: float) -> LQR:
 # --------------------------------------------------------------------------------- 4. random systems and neighbours
 
 
-def random_system(args: Args, n: int, rng: np.random.Generator) -> tuple[LQR, Array]:
+def random_system(args: Args, n: int, rng: np.random.Generator, step: float | None = None) -> tuple[LQR, Array]:
     """A random system with n states, most with an unstable mode, and its P [n, n]; with stabilising controls.
 
-    Raises RunError after 100 systems that no control stabilises.
+    They stabilise its Euler trajectories too, if there is a step. Raises RunError after 100 systems without them.
     """
     m = (n + 1) // 2
     for _ in range(100):
@@ -361,6 +361,8 @@ def random_system(args: Args, n: int, rng: np.random.Generator) -> tuple[LQR, Ar
         C, D = args.noise * rng.normal(size=(2, n, n)) / n**0.5, args.noise * rng.normal(size=(2, n, m)) / m**0.5
         problem = LQR(A, B, C, D, np.eye(n), np.eye(n), np.eye(m), args.discount, args.temperature)
         try:
+            if step:
+                riccati(euler_limit(problem, step))
             return problem, riccati(problem)
         except RunError:
             continue
@@ -515,7 +517,7 @@ def curve(quantity: str, xs: Array, values: Array, slope: tuple[float, float] | 
     """Lines of the CSV for values [S, X]: median and 10 % and 90 % quantiles of the finite ones, and their number.
 
     One line more has the slope in log scale over the xs within the bounds `slope`, of the geometric means over S of
-    what is finite at all of them, with a 95 % bootstrap interval, which is NaN where S is 1.
+    what is above 0 at all of them, with a 95 % bootstrap interval, which is NaN where that is one row or none.
     """
     rows = []
     for x, column in zip(xs, np.asarray(values, dtype=float).T):
@@ -524,13 +526,13 @@ def curve(quantity: str, xs: Array, values: Array, slope: tuple[float, float] | 
         rows.append({"quantity": quantity, "x": x, "value": median, "low": low, "high": high, "count": len(finite)})
     if slope:
         inside = (xs >= slope[0]) & (xs <= slope[1])
-        values = values[np.isfinite(values[:, inside]).all(1)][:, inside]
+        values = values[(values[:, inside] > 0).all(1)][:, inside]
 
         def fit(samples: Array, axis: int) -> Array:
             return np.polyfit(np.log(xs[inside]), np.log(samples).mean(axis).T, 1)[0]
 
         low, high = interval(values, fit) if len(values) > 1 else (math.nan, math.nan)
-        found = {"value": fit(values, 0), "low": low, "high": high, "count": len(values)}
+        found = {"value": fit(values, 0) if len(values) else math.nan, "low": low, "high": high, "count": len(values)}
         rows.append({"quantity": quantity, "x": "slope"} | found)
     return rows
 
@@ -573,7 +575,7 @@ def measure_model_free(args: Args) -> list[dict]:
     )
     for repeat in range(args.num_repeats):
         rng = np.random.default_rng([args.seed, 3, repeat])
-        problem, P = random_system(args, 2, rng)
+        problem, P = random_system(args, 2, rng, steps[0])
         best = best_policy(problem, P)[0]
         limits = [best_policy(limit, riccati(limit))[0] for limit in (euler_limit(problem, step) for step in steps)]
         start = random_start(euler_limit(problem, steps[0]), limits[0], rng, distance=0.5)
@@ -607,7 +609,8 @@ def measure_transfer(args: Args) -> list[dict]:
             gaps[pair, i] = norm(K - best) / norm(best)
             stable[pair, i] = stabilises(target, K)
             if stable[pair, i]:
-                costs[pair, i] = cost(target, K, spread) / cost(target, best, spread) - 1
+                least = cost(target, best, spread)
+                costs[pair, i] = (cost(target, K, spread) - least) / abs(least)
             for k, start in enumerate([K, random_start(target, best, rng)]):
                 for j, step in enumerate((ipo_step, natural_gradient_step) if k or stable[pair, i] else ()):
                     counts[j, k, pair, i] = len(policy_iteration(target, start, P, step, 1e-10, 100)) - 1

@@ -110,7 +110,7 @@ def test_cost_of_the_optimum_is_its_value():
 def test_cost_by_monte_carlo():
     """Of a policy that is not optimal, on the problem that the Euler steps solve, and the entropy by its definition."""
     rng = np.random.default_rng(3)
-    problem, P = system(seed=5, n=2, args=Args(discount=2.0))
+    problem, P = system(seed=5, n=2, args=Args(noise=0.6, discount=2.0, temperature=10.0))
     K = script.random_start(problem, best_policy(problem, P)[0], rng, distance=0.3)
     spread, step, num_steps = np.array([[0.4]]), 0.05, 120
     states, controls, costs = script.simulate(problem, K, spread, rng.normal(size=(20_000, 2)), step, num_steps, rng)
@@ -119,7 +119,7 @@ def test_cost_by_monte_carlo():
     totals = (costs + problem.temperature * density) @ weights
     error = totals.std() / len(totals) ** 0.5
     assert abs(totals.mean() - cost(script.euler_limit(problem, step), K, spread)) < 3.5 * error
-    assert error < 0.02 * totals.mean()
+    assert error < 0.05
 
 
 def test_euler_limit_tends_to_the_problem():
@@ -255,6 +255,16 @@ def test_a_start_stabilises_and_is_as_far_as_that_allows():
     near, far = (script.random_start(problem, K, np.random.default_rng(0), distance) for distance in (1e-3, 1e3))
     assert norm(near - K) == pytest.approx(1e-3 * norm(K))
     assert script.stabilises(problem, far) and not script.stabilises(problem, 2 * far - K)
+
+
+def test_random_systems_bear_the_step_that_is_asked_of_them():
+    """The first system of this seed can be stabilised, but not through Euler steps of 0.2."""
+    first, other = (
+        script.random_system(DEFAULT, 2, np.random.default_rng([0, 3, 12]), step)[0] for step in (None, 0.2)
+    )
+    with pytest.raises(RunError):
+        riccati(script.euler_limit(first, 0.2))
+    riccati(script.euler_limit(other, 0.2))
 
 
 # ---- the grid
@@ -411,19 +421,28 @@ def test_a_power_law_has_its_slope():
     assert [rows[1][name] for name in ("low", "value", "high")] == pytest.approx([low, median, high])
 
 
+def test_a_slope_of_one_row_has_no_interval_and_of_none_no_value():
+    xs, rows = np.array([1.0, 2.0]), np.array([[1.0, 4.0], [1.0, np.nan], [0.0, 1.0]])
+    one, none = (script.curve("law", xs, values, (0, 9))[-1] for values in (rows, rows[1:]))
+    assert one["value"] == pytest.approx(2) and math.isnan(one["low"]) and one["count"] == 1
+    assert math.isnan(none["value"]) and none["count"] == 0
+
+
 def test_a_run_writes_its_files_and_repeats(capsys):
-    first, second = script.run(TINY), script.train(TINY)
-    script.print_table(first["rows"])
+    assert script.train is script.run
+    result = script.run(TINY)
+    script.print_table(result["rows"])
     printed = capsys.readouterr().out
-    folder = Path(first["run_dir"])
+    folder = Path(result["run_dir"])
     assert folder.name.startswith("policy_transfer__")
     assert {path.name for path in folder.iterdir()} == {"args.json", "policy_transfer.csv", "policy_transfer.png"}
-    tables = [list(csv.DictReader(open(f"{run['run_dir']}/policy_transfer.csv"))) for run in (first, second)]
-    assert tables[0] == tables[1] and list(tables[0][0]) == ["quantity", "x", "value", "low", "high", "count"]
-    other = script.measure_transfer(replace(TINY, seed=2))
-    assert other != [row for row in first["rows"] if row["quantity"] in {row["quantity"] for row in other}]
-    for row in tables[0]:
+    table = list(csv.DictReader(open(folder / "policy_transfer.csv")))
+    assert list(table[0]) == ["quantity", "x", "value", "low", "high", "count"] and len(table) == len(result["rows"])
+    for row in table:
         assert row["quantity"].endswith("_step: error") or row["quantity"] in printed
+    quantities = {row["quantity"] for row in script.measure_transfer(TINY)}
+    expected = [row for row in result["rows"] if row["quantity"] in quantities]
+    assert str(script.measure_transfer(TINY)) == str(expected) != str(script.measure_transfer(replace(TINY, seed=2)))
 
 
 # ---- bad input
