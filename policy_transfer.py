@@ -154,7 +154,7 @@ def riccati(problem: LQR) -> Array:
     """
     check_problem(problem)
     F, n = discounted_drift(problem), len(problem.A)
-    CD, P, change = np.concatenate([problem.C, problem.D], 2), np.zeros_like(F), math.inf
+    CD, P = np.concatenate([problem.C, problem.D], 2), np.zeros_like(F)
     try:
         for _ in range(30):
             noise = (CD.mT @ P @ CD).sum(0)
@@ -163,9 +163,10 @@ def riccati(problem: LQR) -> Array:
             P = solve_continuous_are(F, problem.B, problem.Q + of_Q, problem.R + of_R, s=mixed)
             if stabilises(problem, best_policy(problem, P)[0]) or norm(P) > 1e10:
                 break
-        while change > 1e-8 * norm(P):  # the error is then of the order of its square
+        for _ in range(50):
             last, P = P, evaluate(problem, best_policy(problem, P)[0])
-            change = norm(P - last)
+            if norm(P - last) <= 1e-8 * norm(P):  # the error is then of the order of its square
+                break
     except (LinAlgError, RunError):  # no gain was found, or the costs grow without bound
         raise RunError("A, B, C, D: not stabilisable: no u = -Kx makes the discounted second moment decay") from None
     return P

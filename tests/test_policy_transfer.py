@@ -440,6 +440,21 @@ def test_a_run_writes_its_files_and_repeats(capsys):
     assert list(table[0]) == ["quantity", "x", "value", "low", "high", "count"] and len(table) == len(result["rows"])
     for row in table:
         assert row["quantity"].endswith("_step: error") or row["quantity"] in printed
+    found = {(row["quantity"], row["x"]): row["value"] for row in result["rows"]}
+    for quantity, slope in (
+        ("model-free: endless trajectories", 1),
+        ("transfer: gap of the gains", 1),
+        ("transfer: relative excess cost of the source", 2),
+        ("pendulum 1D: cost of the source policy", 2),
+        ("pendulum 2D: cost of the source policy", 2),
+        ("W2: Gaussian, generated", 1),
+    ):
+        assert found[quantity, "slope"] == pytest.approx(slope, rel=0.1), quantity
+    for method in ("IPO", "natural gradient", "pendulum 1D", "pendulum 2D"):
+        other = "uniform" if "pendulum" in method else "random start"
+        assert found[f"{method}: steps from source", 0.001] < found[f"{method}: steps from {other}", 0.001]
+    assert found["Riccati residual", 2] < 1e-13
+    assert found["reverse SDE: |P cov - I| of its Riccati equation", script.HORIZON] < 1e-9
     quantities = {row["quantity"] for row in script.measure_transfer(TINY)}
     expected = [row for row in result["rows"] if row["quantity"] in quantities]
     assert str(script.measure_transfer(TINY)) == str(expected) != str(script.measure_transfer(replace(TINY, seed=2)))
