@@ -13,10 +13,11 @@ import ddpl_coordination
 import ddpl_isaaclab
 import ddpl_mamujoco
 import ddpl_mpe
+import policy_transfer
 import qvpo
 
 DDPL = (ddpl_mpe, ddpl_mamujoco, ddpl_isaaclab, ddpl_coordination)
-SCRIPTS = (*DDPL, qvpo, bang_bang)
+SCRIPTS = (*DDPL, qvpo, bang_bang, policy_transfer)
 
 
 def because(reason: str, names: str) -> dict[str, str]:
@@ -89,6 +90,13 @@ DIFFERENT = {
     )
     | because("another algorithm", "Task Learner update"),
 }
+NO_NETWORK = "no network is trained, and nothing is resumed"
+DIFFERENT |= {
+    (script, policy_transfer): because(NO_NETWORK, "Args check_args evaluate train main")
+    for script in SCRIPTS
+    if script not in (ddpl_coordination, policy_transfer)
+}
+DIFFERENT[ddpl_coordination, policy_transfer] = because(NO_NETWORK, "Args check_args train main print_table")
 PURE = {"noise_schedule", "denoise_step", "propose_actions", "issm_weights", "issm_target"}
 
 
