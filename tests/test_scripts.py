@@ -96,7 +96,9 @@ DIFFERENT |= {
     for script in SCRIPTS
     if script not in (ddpl_coordination, policy_transfer)
 }
-DIFFERENT[ddpl_coordination, policy_transfer] = because(NO_NETWORK, "Args check_args train main print_table")
+DIFFERENT[ddpl_coordination, policy_transfer] = because(NO_NETWORK, "Args check_args train main") | because(
+    "other results", "print_table write_csv"
+)
 PURE = {"noise_schedule", "denoise_step", "propose_actions", "issm_weights", "issm_target"}
 
 
