@@ -410,6 +410,7 @@ def test_statistics_that_overflow_reach_no_checkpoint(monkeypatch):
 # ---- learning
 
 
+@pytest.mark.slow
 def test_finds_the_switching_curve_of_the_double_integrator():
     """Its mode takes at most 5 % more time to the goal than the optimal law, on average over a grid of starts."""
     starts = grid_of_starts()

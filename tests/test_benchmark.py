@@ -85,6 +85,7 @@ def check_results(task, names):
         assert origin["commit"] and origin["processor"] and origin["python"]
 
 
+@pytest.mark.slow
 def test_a_list_is_run_resumed_and_collected():
     """A worker killed in the middle: tried again from its checkpoint, with the numbers of a run never killed.
 
@@ -115,6 +116,7 @@ def test_a_list_is_run_resumed_and_collected():
     assert "0.002" in origins["gaussian_1"]["command"]
 
 
+@pytest.mark.slow
 def test_two_machines_one_of_which_dies(monkeypatch):
     """The runs of the machine that is lost go on, from their checkpoints, on the one that is left."""
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
@@ -132,6 +134,7 @@ def test_two_machines_one_of_which_dies(monkeypatch):
     check_results(REFERENCE, {"gaussian_3"})
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_go_on():
     Path("list.toml").write_text(LIST.replace("--policy gaussian --actor-lr 0.001", "--policy beta"))
     process = start(SPREAD)

@@ -458,6 +458,7 @@ def trained(tmp_path_factory):
     return run_dir, folder / "half"
 
 
+@pytest.mark.slow
 @real
 def test_return_on_the_pendulum_rises(trained):
     run_dir, _ = trained
@@ -468,6 +469,7 @@ def test_return_on_the_pendulum_rises(trained):
     assert json.loads((run_dir / "result.json").read_text())["versions"]["isaaclab"].startswith("3.")
 
 
+@pytest.mark.slow
 @real
 def test_pendulum_resumed_half_way_ends_as_without(trained, pendulum, monkeypatch):
     """In another process, and in a simulation that has done other things before."""
@@ -479,6 +481,7 @@ def test_pendulum_resumed_half_way_ends_as_without(trained, pendulum, monkeypatc
     assert evaluations(half) == evaluations(run_dir)
 
 
+@pytest.mark.slow
 @real
 def test_evaluate_plays_the_pendulum(trained, pendulum, monkeypatch, capsys):
     monkeypatch.setattr(ddpl_isaaclab, "make_env", lambda args: contextlib.nullcontext(pendulum))

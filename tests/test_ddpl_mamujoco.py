@@ -242,6 +242,7 @@ def processes_here():
     return set(found) - {str(os.getpid())}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_processes(monkeypatch):
     """Those of the copies end with the run that was killed."""
 
@@ -312,6 +313,7 @@ def test_video_where_nothing_can_be_drawn(where, monkeypatch):
 # ---- learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 def test_learning_beats_a_random_policy(policy):
     """Swimmer, whose reward is its speed: a random team drifts, one that has learned a little swims."""

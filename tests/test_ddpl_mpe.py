@@ -154,6 +154,7 @@ def random_return():
     return evaluate(Uniform(), Args(), 200, False, seed=0).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 def test_learning_beats_a_random_policy(policy, random_return):
     """By 4 within seconds: a random team of three scores about -25.4, one after the default run -12."""

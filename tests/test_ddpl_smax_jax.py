@@ -598,18 +598,21 @@ np.savez("two", num_devices=smax.mesh_of_seeds(2).size, **after_four_updates(1, 
     return folder
 
 
+@pytest.mark.slow
 def test_importing_leaves_no_trace(fresh_process):
     """JAX and JaxMARL draw global random numbers, print, and take sys.stdout away."""
     before, after = json.loads((fresh_process / "states.json").read_text())
     assert before == after and (fresh_process / "printed").read_text() == ""
 
 
+@pytest.mark.slow
 def test_two_devices_share_the_seeds(side_by_side, fresh_process):
     two = np.load(fresh_process / "two.npz")
     assert two["num_devices"] == 2
     assert_same_run(side_by_side, two)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(two_seeds):
     """A killed one from its last checkpoint, one that a signal stops where it stood, at the end of the next chunk."""
     process = subprocess.Popen(command(smax, **SMALL, num_seeds=2), stderr=subprocess.DEVNULL)
@@ -975,6 +978,7 @@ def test_the_step_of_the_oldest_nan():
         smax.check_transitions(rows, 40, 8)
 
 
+@pytest.mark.slow
 def test_learning_beats_the_random_team():
     """The team before any learning is the random one: 3m pays the share of health shot away, and 1 for a won battle."""
     small = dict(critic_hidden=32, actor_hidden=32, local_critic_hidden=32, batch_size=64, actor_batch_size=16)

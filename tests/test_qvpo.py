@@ -430,6 +430,7 @@ def test_video_where_nothing_can_be_drawn(monkeypatch):
 # ---- learning
 
 
+@pytest.mark.slow
 def test_learns_to_stand_a_pendulum():
     """A random policy scores about -1200, one that stands it at once about -150."""
     options = dict(total_timesteps=6_000, eval_interval=6_000, final_eval_episodes=10)

@@ -255,6 +255,7 @@ def test_evaluate_prints_returns_and_films(script, finished, monkeypatch, capsys
 # ---- kills and signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, kill_at, options",
     [
@@ -525,6 +526,7 @@ def damages(contents):
                 yield f"{'.'.join(map(str, path))}: {kind}", damaged
 
 
+@pytest.mark.slow
 @every_script
 def test_damaged_parts_are_refused(script, finished, no_training, tmp_path, subtests):
     """Every part of a checkpoint, one by one: a sentence, never a traceback, and the file stays as it is."""
