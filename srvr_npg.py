@@ -68,7 +68,7 @@ class Task:
     """H, the steps after which a trajectory is cut off; evaluations play whole episodes of the task."""
     gamma: float = 0.99
     """Discount factor."""
-    total_trajectories: int = 3_000
+    total_trajectories: int = 1_000
     """Trajectories in all, N + (m - 1) B for m steps (the last batch is played to its end)."""
     seed: int = 1
     """Seed of the policy, its actions and the episodes."""
@@ -82,21 +82,21 @@ class Algorithm:
     """Plain or natural policy gradient, with or without recursive variance reduction."""
     large_batch: int = 25
     """N, trajectories of an estimate from scratch."""
-    small_batch: int = 5
+    small_batch: int = 10
     """B, trajectories that correct an estimate (srvr-pg and srvr-npg)."""
-    epoch_steps: int = 4
+    epoch_steps: int = 3
     """m, steps of an epoch: one from scratch and m - 1 corrected (srvr-pg and srvr-npg)."""
     baseline: Literal["none", "others"] = "others"
     """What is subtracted from the reward of step h: nothing, or its mean over a batch's other trajectories."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """How theta moves along the direction: by the learning rate alone, or by Adam."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.002
     """Step size."""
     adam_beta2: float = 0.99
     """Decay of Adam's squares; its first decay is 0.9."""
     solver: Literal["auto", "cholesky", "cg", "sgd"] = "auto"
     """Of the natural direction: auto is Cholesky up to 500 parameters, conjugate gradients above."""
-    damping: float = 1e-3
+    damping: float = 0.1
     """Added to the diagonal of the Fisher matrix."""
     cg_steps: int = 20
     """Steps of conjugate gradients."""
@@ -112,13 +112,13 @@ class Algorithm:
 class Run:
     """Evaluation, files and machine."""
 
-    eval_interval: int = 500
+    eval_interval: int = 200
     """Trajectories between evaluations (each waits for the end of a batch)."""
     eval_episodes: int = 10
     """Episodes of each evaluation, once with sampled actions (stochastic), once with the mode (deterministic)."""
     final_eval_episodes: int = 50
     """Episodes of the last evaluation, the one reported."""
-    checkpoint_interval: int = 500
+    checkpoint_interval: int = 200
     """Trajectories between checkpoints."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy and its gradients live; auto is CUDA if there is one."""
@@ -425,8 +425,9 @@ def update(policy: Softmax, learner: Learner, batch: Trajectories, args: Args) -
     learner = learner._replace(before=theta, estimate=estimate, updates=learner.updates + 1)
     if args.optimizer == "adam":
         learner = adam_direction(learner, direction, args.adam_beta2)
-        corrected = learner.second_moment / (1 - args.adam_beta2**learner.updates)
-        direction = learner.first_moment / (1 - 0.9**learner.updates) / (corrected.sqrt() + 1e-8)
+        count = int(learner.updates)
+        mean_square = learner.second_moment / (1 - args.adam_beta2**count)
+        direction = learner.first_moment / (1 - 0.9**count) / (mean_square.sqrt() + 1e-8)
     learner = learner._replace(theta=theta + args.learning_rate * direction)
 
     steps = visited(batch, args.gamma)
@@ -732,7 +733,8 @@ def training_loop(
     started = time.monotonic()
     last_checkpoint = progress.trajectories if first_step else -args.checkpoint_interval
     writer = start_logging(args, run_dir, progress.trajectories)
-    bar = tqdm(total=args.total_trajectories, initial=progress.trajectories, unit="trajectory", desc=args.env_id)
+    total, begin = args.total_trajectories, progress.trajectories
+    bar = tqdm(total=total, initial=begin, unit="trajectory", desc=args.env_id, mininterval=1)
 
     def seconds() -> float:
         return progress.seconds + time.monotonic() - started
