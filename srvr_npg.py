@@ -546,7 +546,7 @@ class TabularTask:
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """The Gymnasium task `env_id` with flat float64 observations, and continuous actions in [-1, 1].
+    """The Gymnasium task `env_id` with flat observations, and continuous actions in [-1, 1].
 
     Raises RunError unless Gymnasium knows it and its actions are Discrete or a bounded Box.
     """
@@ -560,7 +560,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if not isinstance(space, Discrete) and not (isinstance(space, Box) and space.is_bounded()):
         choices = "choose a task with Discrete actions or a bounded Box, such as CartPole-v1"
         raise RunError(f"--env-id: {env_id} has actions {space}; {choices}")
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float64)
+    env = gym.wrappers.FlattenObservation(env)
     if isinstance(space, Discrete):
         return gym.wrappers.TransformAction(env, lambda action: int(action[0]) + space.start, space)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -596,7 +596,7 @@ class GymTask:
         """
         envs, horizon = self.envs[:count], self.args.horizon
         seeds = episode_seeds(0, self.args.seed, episode, count)
-        now = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)])
+        now = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds)]).astype(np.float64)
         check_finite([("an observation", now)], global_step)
         observations = np.zeros((count, horizon, now.shape[1]))
         rewards, running = np.zeros((2, count, horizon))
@@ -639,7 +639,7 @@ class GymTask:
             torch.manual_seed(seed)
             for wave in range(math.ceil(episodes / len(envs))):
                 seeds = episode_seeds(1, seed, wave, len(envs))
-                obs = np.stack([env.reset(seed=int(s))[0] for env, s in zip(envs, seeds)])
+                obs = np.stack([env.reset(seed=int(s))[0] for env, s in zip(envs, seeds)]).astype(np.float64)
                 total = np.zeros(len(envs))
                 playing = list(range(len(envs)))
                 while playing:
