@@ -90,7 +90,7 @@ class Algorithm:
     """What is subtracted from the reward of step h: nothing, or its mean over a batch's other trajectories."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """How theta moves along the direction: by the learning rate alone, or by Adam."""
-    learning_rate: float = 0.002
+    learning_rate: float = 0.001
     """Step size."""
     adam_beta2: float = 0.99
     """Decay of Adam's squares; its first decay is 0.9."""
