@@ -851,7 +851,7 @@ def check_args(args: Args) -> None:
     require(args, "gamma", args.env_id != "tabular" or args.gamma < 1, "below 1 on --env-id tabular")
     require(args, "adam_beta2", 0 <= args.adam_beta2 < 1, "a number from 0 to below 1")
     size = max(args.large_batch, args.small_batch) * args.horizon
-    require(args, "horizon", size <= 10**8, f"such that a batch has 1e8 steps or fewer, not {size:.3g}")
+    require(args, "horizon", size <= 10**7, f"such that a batch has 1e7 steps or fewer, not {size:.3g}")
     if args.env_id == "tabular":
         require(args, "capture_video", not args.capture_video, "left out with --env-id tabular, which has no pictures")
     elif args.capture_video:
