@@ -335,6 +335,7 @@ def test_continuous_actions_are_clipped_and_scaled():
         plain.reset(seed=0)
         ours, theirs = env.step(np.array(action)), plain.step(np.array([torque], np.float32))
         assert ours[1] == pytest.approx(theirs[1]) and ours[0] == pytest.approx(theirs[0])
+    assert env.action(np.array([7.0])).tolist() == [1.0]  # whatever the task itself would do with 7
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
