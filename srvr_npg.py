@@ -394,7 +394,7 @@ def next_batch(learner: Learner, args: Args) -> int:
     return args.small_batch if learner.updates % epoch_of(args) else args.large_batch
 
 
-def adam_direction(learner: Learner, direction: Tensor, beta2: float) -> Learner:
+def adam_moments(learner: Learner, direction: Tensor, beta2: float) -> Learner:
     """Adam's moments (Kingma and Ba 2015) after one more direction."""
     first = 0.9 * learner.first_moment + 0.1 * direction
     second = beta2 * learner.second_moment + (1 - beta2) * direction**2
@@ -424,7 +424,7 @@ def update(policy: Softmax, learner: Learner, batch: Trajectories, args: Args) -
         direction = natural_direction(policy, theta, estimate, batch, args)
     learner = learner._replace(before=theta, estimate=estimate, updates=learner.updates + 1)
     if args.optimizer == "adam":
-        learner = adam_direction(learner, direction, args.adam_beta2)
+        learner = adam_moments(learner, direction, args.adam_beta2)
         count = int(learner.updates)
         mean_square = learner.second_moment / (1 - args.adam_beta2**count)
         direction = learner.first_moment / (1 - 0.9**count) / (mean_square.sqrt() + 1e-8)
