@@ -229,7 +229,7 @@ def plot(rows: list[dict], path: Path) -> None:
     poles.set(xlabel="trajectories", ylabel="return on CartPole-v1", ylim=(0, 520))
     for axis in (errors, variance, gaps, poles):
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="lower right" if axis in (variance, poles) else "best")
     figure.savefig(path)
 
 
