@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
+BUDGETS = ("--total-timesteps", "--total-trajectories")
 PACKAGES = ("torch", "numpy", "gymnasium", "mpe2", "gymnasium-robotics", "mujoco", "jax", "jaxmarl")
 
 
@@ -98,11 +99,18 @@ class Run:
         origin = self.folder / "origin.json"
         return json.loads(origin.read_text())["command"] if origin.is_file() else None
 
+    @property
+    def budget(self) -> float:
+        """Environment steps or trajectories in all."""
+        (position,) = [i for i, flag in enumerate(self.flags) if flag in BUDGETS]
+        return float(self.flags[position + 1])
+
     def progress(self) -> tuple[float, float]:
-        """Environment steps and seconds at the last evaluation."""
+        """Environment steps, or trajectories where they are the budget, and seconds at the last evaluation."""
         run_dir = self.run_dir("evaluations.csv")
         rows = list(DictReader(open(run_dir / "evaluations.csv"))) if run_dir else []
-        return (float(rows[-1]["global_step"]), float(rows[-1]["seconds"])) if rows else (0.0, 0.0)
+        column = "trajectories" if "--total-trajectories" in self.flags else "global_step"
+        return (float(rows[-1][column]), float(rows[-1]["seconds"])) if rows else (0.0, 0.0)
 
 
 def read_list(path: Path, runs: Path, names: Sequence[str] = ()) -> list[Run]:
@@ -120,9 +128,9 @@ def read_list(path: Path, runs: Path, names: Sequence[str] = ()) -> list[Run]:
             raise ListError(f"there is no experiment {name!r}; choose from {', '.join([*benchmarks, *entries])}")
     found = []
     for task, entry in entries.items():
-        whole = set(entry) == {"script", "flags", "seeds", "arms"} and "--total-timesteps" in entry["flags"]
+        whole = set(entry) == {"script", "flags", "seeds", "arms"} and any(flag in entry["flags"] for flag in BUDGETS)
         if not whole or task.count("/") != 1:
-            needed = "script, flags with --total-timesteps, seeds and arms"
+            needed = "script, flags with --total-timesteps or --total-trajectories, seeds and arms"
             raise ListError(f"--list: {task!r} must be <benchmark>/<task>, with {needed}")
         if names and task not in names and task.split("/")[0] not in names:
             continue
@@ -171,7 +179,6 @@ def train(run: Run) -> None:
 
 def time_left(missing: Sequence[Run], running: int) -> str:
     """An estimate from the speeds of the runs of this list so far, as `1:23:45`, or `?` before the first evaluation."""
-    budgets = {run: float(run.flags[run.flags.index("--total-timesteps") + 1]) for run in missing}
     progress = {run: run.progress() for run in missing}
     paces = [seconds / steps for steps, seconds in progress.values() if steps]
     if not paces:
@@ -179,7 +186,7 @@ def time_left(missing: Sequence[Run], running: int) -> str:
     pace_of_others = sum(paces) / len(paces)
     left = 0.0
     for run, (steps, seconds) in progress.items():
-        left += (budgets[run] - steps) * (seconds / steps if steps else pace_of_others)
+        left += (run.budget - steps) * (seconds / steps if steps else pace_of_others)
     return str(timedelta(seconds=round(left / max(running, 1))))
 
 

@@ -31,6 +31,7 @@ import ddpl_isaaclab
 import ddpl_mamujoco
 import ddpl_mpe
 import qvpo
+import srvr_npg
 
 RUN = dict(total_timesteps=1_200, eval_interval=400, checkpoint_interval=400)
 EPISODES = dict(eval_episodes=2, final_eval_episodes=3)
@@ -39,12 +40,15 @@ ROBOT = dict(eval_episodes=1, denoising_steps=4, num_envs=4)
 FAKE = dict(num_envs=8, log_interval=100, steps_per_update=16, device="cpu")
 QVPO = dict(hidden=16, denoising_steps=3, num_candidates=4, batch_size=16, learning_starts=200, steps_per_update=4)
 PPO = dict(num_steps=100, num_minibatches=4, update_epochs=2, action_cost=0.01)
+TRAJECTORIES = dict(total_trajectories=24, eval_interval=8, checkpoint_interval=8, horizon=50)  # of 50 steps each
+SRVR = dict(large_batch=4, small_batch=2, epoch_steps=3, learning_rate=1e-4)
 SCRIPTS = {  # the arguments of a small run
     ddpl_mpe: RUN | EPISODES | DDPL | dict(env_id="simple_spread_v3", eval_interval=500),
     ddpl_mamujoco: RUN | EPISODES | DDPL | ROBOT | dict(scenario="Hopper", agent_conf="3x1"),
     ddpl_isaaclab: RUN | DDPL | FAKE | dict(task=fake_isaac.TASK),
     qvpo: RUN | EPISODES | QVPO | dict(env_id="Pendulum-v1", num_envs=4),
     bang_bang: RUN | EPISODES | PPO | dict(env_id="Pendulum-v1", num_envs=4),
+    srvr_npg: EPISODES | TRAJECTORIES | SRVR | dict(env_id="Pendulum-v1"),
 }
 EVALUATED = {  # after how many steps, in how many episodes
     ddpl_mpe: {504: 2, 1_000: 2, 1_200: 3},
@@ -52,6 +56,7 @@ EVALUATED = {  # after how many steps, in how many episodes
     ddpl_isaaclab: {400: 8, 800: 8, 1_200: 8},
     qvpo: {400: 2, 800: 2, 1_200: 3},
     bang_bang: {400: 2, 800: 2, 1_200: 3},
+    srvr_npg: {400: 2, 800: 2, 1_200: 3},
 }
 POLICIES = [dict(policy="diffusion"), dict(policy="gaussian")]
 VARIANTS = {  # the runs whose folders are looked at
@@ -74,6 +79,7 @@ VARIANTS = {  # the runs whose folders are looked at
         dict(policy="gaussian"),
         dict(policy="gaussian", squash="tanh"),
     ],
+    srvr_npg: [dict(algorithm=algorithm) for algorithm in ("pg", "npg", "srvr-pg", "srvr-npg")],
 }
 
 
@@ -92,7 +98,9 @@ def every(*scripts):
 
 
 every_script = every(*SCRIPTS)
-gymnasium_scripts = every(qvpo, bang_bang)
+module_scripts = every(*(script for script in SCRIPTS if script is not srvr_npg))  # whose learner is a torch module
+one_process_scripts = every(*(script for script in SCRIPTS if script is not ddpl_isaaclab))
+gymnasium_scripts = every(qvpo, bang_bang, srvr_npg)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -217,7 +225,7 @@ def test_same_seed_same_run_and_other_seed_another(script, finished):
         assert not torch.equal(ours["data"][0][0], theirs["data"][0][0])  # other episodes, too
 
 
-@every(ddpl_mpe, ddpl_mamujoco, qvpo, bang_bang)  # not ddpl_isaaclab.py, which evaluates in the training's simulation
+@one_process_scripts  # not ddpl_isaaclab.py, which evaluates in the training's simulation
 def test_evaluation_does_not_disturb_training(script, finished):
     often = script.Args(**SCRIPTS[script] | log_and_evaluate_every(100, script))
     assert differing(checkpoint_of(script.train(often)), loaded(finished)) == {"args"}
@@ -238,7 +246,7 @@ def test_the_team_of_a_run_plays_its_last_evaluation_again(script, finished):
     assert not torch.equal(policy.hidden.weight, learned["policy.hidden.weight"])
 
 
-@every(ddpl_mpe, ddpl_mamujoco, qvpo, bang_bang)
+@one_process_scripts
 def test_evaluate_prints_returns_and_films(script, finished, monkeypatch, capsys):
     """But for ddpl_mamujoco.py's films, which not every machine can draw."""
     film = {ddpl_mpe: "team_{}.gif", ddpl_mamujoco: None}.get(script, "{}.gif")
@@ -307,12 +315,12 @@ class AfterChecks(list):
 
 @every_script
 def test_stopped_and_resumed_equals_never_stopped(script, finished):
-    """ddpl_mpe.py between two episodes, where it saves a checkpoint; the others at once."""
-    checks = {ddpl_mpe: 6, ddpl_isaaclab: 5}.get(script, 150)
+    """ddpl_mpe.py between two episodes and srvr_npg.py between two batches, where they save; the others at once."""
+    checks = {ddpl_mpe: 6, ddpl_isaaclab: 5, srvr_npg: 4}.get(script, 150)
     with pytest.raises(script.Stopped) as stopped:
         script.train(script.Args(**SCRIPTS[script]), signals=AfterChecks(checks))
     (run_dir,) = Path("runs").iterdir()
-    saved = "" if script is ddpl_mpe else " the last checkpoint is from step 400;"
+    saved = "" if script in (ddpl_mpe, srvr_npg) else " the last checkpoint is from step 400;"
     assert str(stopped.value) == f"stopped at step 600;{saved} go on with --resume {run_dir}"
     assert loaded(run_dir)["progress"]["global_step"] == (400 if saved else 600)
     script.train(script.Args(resume=str(run_dir)))
@@ -361,6 +369,7 @@ def test_a_run_with_other_arguments_is_left_as_it_is(script, flag, finished):
         ddpl_isaaclab: ("task", fake_isaac.TASK, fake_isaac.ONE_AGENT),
         qvpo: ("preset", "laptop", "paper"),
         bang_bang: ("policy", "bernoulli", "gaussian"),
+        srvr_npg: ("algorithm", "srvr-npg", "pg"),
     }[script]
     before = (finished / "checkpoint.pt").read_bytes()
     message = error_of(script, **{flag: str(finished), name: asked})
@@ -434,7 +443,7 @@ def test_networks_too_large_for_the_memory(script):
     assert "memory" in error_of(script, **SCRIPTS[script] | {width: 4_000_000_000})
 
 
-@every_script
+@module_scripts
 def test_what_adam_keeps_is_finite_in_a_checkpoint(script, monkeypatch):
     """A gradient of 1e20 leaves the weights finite, but not its square."""
 
@@ -622,7 +631,7 @@ def poison(script, monkeypatch, what, at):
 
 
 @pytest.mark.filterwarnings("ignore:.*WARN")  # of Gymnasium, about NaN
-@every(ddpl_mpe, ddpl_mamujoco, qvpo, bang_bang)  # ddpl_isaaclab.py looks at log points: test_ddpl_isaaclab.py
+@one_process_scripts  # ddpl_isaaclab.py looks at log points: test_ddpl_isaaclab.py
 @pytest.mark.parametrize(
     "what, at", [("an observation", 0), ("an observation", 24), ("an observation", 600), ("the reward", 600)]
 )
@@ -646,7 +655,7 @@ def test_nan_in_an_evaluation(script, finished, monkeypatch):
     assert "an observation of Pendulum-v1 is NaN or infinite in an evaluation" in message
 
 
-@every_script
+@module_scripts
 def test_nan_weights_are_never_saved(script, monkeypatch):
     poisoned = []
 
@@ -670,6 +679,7 @@ def test_nan_weights_are_never_saved(script, monkeypatch):
         ddpl_isaaclab: [dict(critic_lr=1e30) | policy for policy in POLICIES],
         qvpo: [dict(critic_lr=1e30), dict(actor_lr=1e30)],
         bang_bang: [dict(learning_rate=1e30)],
+        srvr_npg: [dict(learning_rate=1e200)],
     }
 )
 def test_a_diverging_run_says_where(script, options):
@@ -792,15 +802,16 @@ def test_track_without_wandb(script, monkeypatch):
 @every_script
 def test_given_flags_are_told_apart_from_defaults(script, finished, no_training):
     """A flag that repeats the default counts as asked for, where it was given."""
-    default = script.Args().total_timesteps
+    budget = "total_trajectories" if script is srvr_npg else "total_timesteps"
+    ran, default = SCRIPTS[script][budget], getattr(script.Args(), budget)
     run_dir = finished
     with pytest.raises(pytest.fail.Exception, match="accepted"):
         script.main(script.Args(resume=str(run_dir)))
-    message = error_of(script, given=["total_timesteps"], resume=str(run_dir))
-    assert f"ran with --total-timesteps 1200, not {default}" in message
+    message = error_of(script, given=[budget], resume=str(run_dir))
+    assert f"ran with --{budget.replace('_', '-')} {ran}, not {default}" in message
 
 
-@every_script
+@module_scripts
 def test_command_line(script, monkeypatch, capsys):
     """Which flags were given, and help in the groups of Args."""
     monkeypatch.setattr(sys, "argv", ["script", "--num-envs", "3", "--seed=1", "--no-compile", "--exp_name", "trial"])
@@ -816,7 +827,7 @@ def test_command_line(script, monkeypatch, capsys):
     assert len(titles) > 2 and titles == sorted(titles)
 
 
-@every_script
+@module_scripts
 def test_compiling_without_a_compiler(script):
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         message = error_of(script, **SCRIPTS[script] | dict(compile=True))
@@ -828,7 +839,7 @@ def test_interrupted_while_playing(script, finished, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "evaluate", interrupt)
+    monkeypatch.setattr(script.GymTask if script is srvr_npg else script, "evaluate", interrupt)
     with pytest.raises(SystemExit) as stopped:
         script.main(script.Args(evaluate=str(finished)))
     assert stopped.value.code == 130

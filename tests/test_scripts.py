@@ -15,9 +15,10 @@ import ddpl_mamujoco
 import ddpl_mpe
 import policy_transfer
 import qvpo
+import srvr_npg
 
 DDPL = (ddpl_mpe, ddpl_mamujoco, ddpl_isaaclab, ddpl_coordination)
-SCRIPTS = (*DDPL, qvpo, bang_bang, policy_transfer)
+SCRIPTS = (*DDPL, qvpo, bang_bang, srvr_npg, policy_transfer)
 
 
 def because(reason: str, names: str) -> dict[str, str]:
@@ -90,12 +91,26 @@ DIFFERENT = {
     )
     | because("another algorithm", "Task Learner update"),
 }
+TRAJECTORIES = because(
+    "another algorithm, on whole trajectories, which are its budget; not compiled",
+    "Args Run Task check_args check_run_args Learner update Progress EVALUATION_COLUMNS make_env play save_checkpoint "
+    "restore train training_loop",
+)
+DIFFERENT |= {
+    (ddpl_mpe, srvr_npg): SETTINGS | TRAJECTORIES | TASK,
+    (ddpl_mamujoco, srvr_npg): SETTINGS | TRAJECTORIES | TASK,
+    (ddpl_isaaclab, srvr_npg): SETTINGS | TRAJECTORIES | TASK | because("several processes share a run", "main"),
+    (ddpl_coordination, srvr_npg): because("another algorithm", "Args check_args Learner train main"),
+    (qvpo, srvr_npg): SETTINGS | TRAJECTORIES | TASK,
+    (bang_bang, srvr_npg): SETTINGS | TRAJECTORIES,
+}
 NO_NETWORK = "no network is trained, and nothing is resumed"
 DIFFERENT |= {
     (script, policy_transfer): because(NO_NETWORK, "Args check_args evaluate train main")
     for script in SCRIPTS
-    if script not in (ddpl_coordination, policy_transfer)
+    if script not in (ddpl_coordination, srvr_npg, policy_transfer)
 }
+DIFFERENT[srvr_npg, policy_transfer] = because(NO_NETWORK, "Args check_args train main")
 DIFFERENT[ddpl_coordination, policy_transfer] = because(NO_NETWORK, "Args check_args train main") | because(
     "other results", "print_table write_csv"
 )
