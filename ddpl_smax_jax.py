@@ -103,7 +103,7 @@ class Task:
     map_name: str = "3m"
     """Map, such as 3m, 2s3z or 5m_vs_6m."""
     raw_actions: bool = False
-    """Play the package's own continuous actions: distance and angle, and shots that cannot be fired."""
+    """Play the package's own continuous actions: probabilities, distance, angle, and shots that cannot be fired."""
     num_envs: int = 32
     """Battles at a time."""
     total_timesteps: int = 400_000
@@ -122,13 +122,13 @@ class Algorithm:
     """The policy class: DDPL's diffusion policy or the Gaussian baseline."""
     shared_policy: bool = True
     """One policy, and local critic, for all agents."""
-    buffer_size: int = 400_000
+    buffer_size: int = 200_000
     """Transitions the replay buffer holds."""
     learning_starts: int = 5_000
     """Environment steps of uniformly random actions before the first update."""
-    steps_per_update: int = 8
+    steps_per_update: int = 16
     """Environment steps for each update of critic and actor; divides --num-envs."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Transitions in a critic update."""
     actor_batch_size: int = 64
     """Of those, how many states the diffusion policy learns from; each critic scores its share of them."""
@@ -144,7 +144,7 @@ class Algorithm:
     """Learning rate of the central critics."""
     actor_lr: float = 5e-4
     """Learning rate of the policies and of the diffusion policies' local critics."""
-    num_critics: int = 4
+    num_critics: int = 2
     """K, central critics; the policies climb their mean."""
     pessimism: float = 0.6
     """How many of the critics' standard deviations the target lies below their mean."""
@@ -225,7 +225,7 @@ class Args(Run, Diffusion, Temperature, Algorithm, Task):
     """Train agents with DDPL on SMAX; the defaults are those of the reported results."""
 
 
-ACTION_SIZE = 4  # shoot last enemy, do shoot, x, y; the first two are probabilities of NOT doing so
+ACTION_SIZE = 4  # again at the last target, shoot, x, y; the first two: done where the number is not above 0
 BATTLE = ("returns", "win_rate", "episode_length", "dead_allies")  # the numbers of a battle; returns are undiscounted
 EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "seed", "return_mean", "return_std", "episodes", *BATTLE[1:])
 
@@ -815,17 +815,18 @@ def sample_batch(key: Array, buffer: Array, stored: Array, args: Args, shapes: B
 
 
 class AvailableActionsSMAX(SMAX):
-    """SMAX whose continuous actions name a vector, and mean what an agent can do at the moment.
+    """SMAX whose continuous actions name decisions and a vector, and mean what an agent can do at the moment.
 
-    The chart: the last two numbers are not distance and angle but a vector (x, y), cut to length 1 where it is longer:
-    where to walk, or the point to aim at. So what is close together is done by numbers that are close together.
+    The chart: the first two numbers are not the probabilities with which the package draws but decide: in the lower
+    half it shoots, and again at the last target. The last two are not distance and angle but a vector (x, y), cut to
+    length 1 where it is longer: where to walk, or the point to aim at. Everything it does, the package's own box does.
     Availability: the discrete game masks what get_avail_actions says cannot be done. The package's own decoder of
     continuous actions does not: it shoots at nobody, out of range, and at corpses. Here an agent with nobody in range
     walks, aims choose among the living in range, and the last target is shot at again only if it is one of them.
     """
 
     def _decode_continuous_actions(self, key: Array, state: Any, actions: Array) -> tuple[Array, Array]:
-        """Walks [N, 2] and shots [N], as the discrete game numbers them (0: none), of actions [..., D] in [0, 1]."""
+        """Walks [N, 2] and shots [N], numbered as in the discrete game (0: none), of actions [..., D] in [0, 1]."""
         allies, moves = self.num_allies, self.num_movement_actions
         available = self.get_avail_actions(state)
         available = jnp.stack([available[agent] for agent in self.agents[:allies]]) > 0
@@ -834,14 +835,13 @@ class AvailableActionsSMAX(SMAX):
         vector = 2 * jnp.stack(vector, axis=-1) - 1
         vector = vector / jnp.linalg.norm(vector, axis=-1, keepdims=True).clip(1)
 
-        walk_key, again_key = jax.random.split(key)
-        walks = jax.random.bernoulli(walk_key, not_shoot) | ~targets.any(-1)
+        walks = (not_shoot > 0.5) | ~targets.any(-1)
         own, enemies = state.unit_positions[:allies], state.unit_positions[allies:]
         gaps = jnp.linalg.norm(enemies - (own + vector)[:, None], axis=-1)
         aimed = jnp.where(targets, gaps, jnp.inf).argmin(-1) + moves
         last = state.prev_attack_actions[:allies]
         last_there = jnp.take_along_axis(available, last.astype(int)[:, None], axis=1)[:, 0] & (last >= moves)
-        again = last_there & ~jax.random.bernoulli(again_key, not_again)
+        again = last_there & (not_again <= 0.5)
         return jnp.where(walks[:, None], vector, 0), jnp.where(walks, 0, jnp.where(again, last, aimed))
 
 

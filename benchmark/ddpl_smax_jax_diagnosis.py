@@ -137,17 +137,15 @@ PARTS = {  # which of them are the script's: to shoot if one can, at whom, where
 }
 
 
-def mixed(env, parts: tuple[bool, bool, bool], actions: Array, obs: Array) -> Array:
+def mixed(env, parts: Array, actions: Array, obs: Array) -> Array:
     """Actions [N, D] of a team, of which some parts are those of the script `nearest`."""
     script = nearest(env, obs)
     in_range = look(env, obs)[-1].any(-1)
     shoots, aims, walks = parts
-    if shoots:
-        actions = actions.at[:, 1].set(jnp.where(in_range, script[:, 1], actions[:, 1]))
-    if aims:  # who shoots: the others walk where they want
-        shooter = in_range & (actions[:, 1] < 0)
-        actions = jnp.where(shooter[:, None], script.at[:, 1].set(actions[:, 1]), actions)
-    return jnp.where(in_range[:, None], actions, script) if walks else actions
+    actions = actions.at[:, 1].set(jnp.where(shoots & in_range, script[:, 1], actions[:, 1]))
+    aims = aims & in_range & (actions[:, 1] < 0)  # who shoots: the others walk where they want
+    actions = jnp.where(aims[:, None], script.at[:, 1].set(actions[:, 1]), actions)
+    return jnp.where((walks & ~in_range)[:, None], script, actions)
 
 
 def load(run_dir: Path) -> tuple:
@@ -161,14 +159,18 @@ def load(run_dir: Path) -> tuple:
 
 def replaced_parts(args: smax.Args, env, learner: smax.Learner) -> None:
     """Win rates and returns of the deterministic policies when parts of their actions are the script's."""
-    rows = []
-    for name, parts in PARTS.items():
 
-        def team(key: Array, obs: Array, parts: tuple = parts) -> Array:
+    def battles(parts: Array) -> tuple[Array, Array]:
+        def team(key: Array, obs: Array) -> Array:
             return mixed(env, parts, smax.act(learner.average_policy, env, key, obs[None], True)[0], obs)
 
         _, _, after, playing = play_all(env, team)
-        wins, returns = (after.won & playing).any(1).mean(), (after.reward * playing).sum(1).mean()
+        return (after.won & playing).any(1).mean(), (after.reward * playing).sum(1).mean()
+
+    play_parts = jax.jit(battles)
+    rows = []
+    for name, parts in PARTS.items():
+        wins, returns = play_parts(jnp.array(parts))
         rows.append({"team": name, "win_rate": round(float(wins), 3), "return": round(float(returns), 3)})
         print(rows[-1], flush=True)
     with open(RESULTS / f"parts_{args.map_name}_{args.policy}.csv", "w", newline="") as file:
