@@ -491,7 +491,7 @@ class CriticEnsemble(NamedTuple):
         )
 
     def __call__(self, state: tuple[Array, Array], actions: Array) -> Array:
-        """Values [K, B] at states ([N, B, O], [B, S]), all agents' observations and the world's, of actions [N, B, D]."""
+        """Values [K, B] of states, all agents' observations [N, B, O] and the world's [B, S], and actions [N, B, D]."""
         obs, world = state
         num_agents, batch_size, _ = actions.shape
         rows = obs.reshape(num_agents * batch_size, -1)
@@ -647,7 +647,7 @@ def update_critic(learner: Learner, batch: "Batch", next_actions: Array, args: A
 
 
 def update_local_critic(
-    learner: Learner, state: Array, obs: Array, actions: Array, alive: Array, candidates: Array, args: Args
+    learner: Learner, state: tuple, obs: Array, actions: Array, alive: Array, candidates: Array, args: Args
 ) -> tuple[Learner, Array, Metrics]:
     """Move each Q_i(o_i, a_i) to the central Q at candidates [N, M, B, D], where the others play actions [N, B, D].
 
@@ -666,9 +666,12 @@ def update_local_critic(
 
 
 def update_diffusion(
-    learner: Learner, state: Array, obs: Array, actions: Array, alive: Array, args: Args, key: Array
+    learner: Learner, state: tuple, obs: Array, actions: Array, alive: Array, args: Args, key: Array
 ) -> tuple[Learner, Metrics]:
-    """One ISSM step of every agent's denoiser, at state [B, S], obs [N, B, O] and the policies' actions [N, B, D]."""
+    """One ISSM step of every agent's denoiser, where the critics see `state`, the policies obs [N, B, O].
+
+    actions [N, B, D] are the policies' own.
+    """
     block_key, propose_key, draw_key, time_key, noise_key = jax.random.split(key, 5)
 
     # 1. Propose, a block of dimensions around the policy's own action (all of them, if it has few). To move the kernels
@@ -722,12 +725,12 @@ def update_diffusion(
 
 
 def update_gaussian(
-    learner: Learner, state: Array, obs: Array, alive: Array, args: Args, key: Array
+    learner: Learner, state: tuple, obs: Array, alive: Array, args: Args, key: Array
 ) -> tuple[Learner, Metrics]:
-    """One step of every Gaussian down its KL to the energy-based policy, reparameterised, at state [B, S].
+    """One step of every Gaussian down its KL to the energy-based policy, reparameterised.
 
-    The policies see obs [N, B, O]. One pass over the joint action serves all agents: the gradient for agent i goes
-    through a_i alone.
+    The critics see `state`, the policies obs [N, B, O]. One pass over the joint action serves all agents: the gradient
+    for agent i goes through a_i alone.
     """
     temperature = jnp.exp(learner.log_temperature)
 

@@ -321,7 +321,7 @@ def test_diffusion_learns_the_same(monkeypatch):
 
 def critics():
     """Critics, what they see, actions and candidates."""
-    args = Args(critic_view=6, critic_hidden=16)
+    args = Args(num_critics=4, critic_view=6, critic_hidden=16)
     ensemble = smax.CriticEnsemble.create(jax.random.PRNGKey(0), args, O, S)
     ensemble = jax.tree.map(lambda x: x + 0.1, ensemble)
     (obs, _), (world, _), (actions, _), (candidates, _) = both(N, B, O), both(B, S), both(N, B, 4), both(N, 16, B, 4)
@@ -910,13 +910,13 @@ def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
         dict(num_per_kernel=0, num_uniform=1),
         dict(learning_starts=400_000),
         dict(actor_batch_size=300),
-        dict(actor_batch_size=30),  # not a multiple of four critics
+        dict(actor_batch_size=31),  # not a multiple of two critics
         dict(num_critics=1),
         dict(pessimism=-0.1),
         dict(batch_size=200, buffer_size=100),
         dict(total_timesteps=2**31 - 1),
         dict(block_size=2**31),
-        dict(corpses_are_targets=1),
+        dict(raw_actions=1),
         dict(policy="beta"),
         dict(device="tpu"),
     ],
