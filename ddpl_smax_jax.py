@@ -106,7 +106,7 @@ class Task:
     """Play the package's own continuous actions: probabilities, distance, angle, and shots that cannot be fired."""
     num_envs: int = 32
     """Battles at a time."""
-    total_timesteps: int = 400_000
+    total_timesteps: int = 200_000
     """Environment steps in all, summed over the battles."""
     seed: int = 1
     """Seed of networks, exploration, replay and battles."""
