@@ -102,11 +102,11 @@ class Task:
 
     map_name: str = "3m"
     """Map, such as 3m, 2s3z or 5m_vs_6m."""
-    corpses_are_targets: bool = False
-    """Keep the package's decoder of continuous actions, which also aims at the dead."""
+    raw_actions: bool = False
+    """Play the package's own continuous actions: probabilities, distance, angle, and shots that cannot be fired."""
     num_envs: int = 32
     """Battles at a time."""
-    total_timesteps: int = 400_000
+    total_timesteps: int = 200_000
     """Environment steps in all, summed over the battles."""
     seed: int = 1
     """Seed of networks, exploration, replay and battles."""
@@ -122,32 +122,36 @@ class Algorithm:
     """The policy class: DDPL's diffusion policy or the Gaussian baseline."""
     shared_policy: bool = True
     """One policy, and local critic, for all agents."""
-    buffer_size: int = 100_000
+    buffer_size: int = 200_000
     """Transitions the replay buffer holds."""
     learning_starts: int = 5_000
     """Environment steps of uniformly random actions before the first update."""
-    steps_per_update: int = 8
+    steps_per_update: int = 16
     """Environment steps for each update of critic and actor; divides --num-envs."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Transitions in a critic update."""
     actor_batch_size: int = 64
     """Of those, how many states the diffusion policy learns from; each critic scores its share of them."""
     gamma: float = 0.99
     """Discount factor."""
+    num_steps: int = 5
+    """Steps of reward in the critics' target, before their own value of what comes after."""
     tau: float = 0.01
     """Step of the target critic towards the critic, each update."""
     average_decay: float = 0.99
     """What the average of a policy's weights keeps of itself, each update; evaluations play the average (0: none)."""
-    critic_lr: float = 1e-3
+    critic_lr: float = 5e-4
     """Learning rate of the central critics."""
-    actor_lr: float = 3e-3
+    actor_lr: float = 5e-4
     """Learning rate of the policies and of the diffusion policies' local critics."""
-    num_critics: int = 4
+    num_critics: int = 2
     """K, central critics; the policies climb their mean."""
     pessimism: float = 0.6
     """How many of the critics' standard deviations the target lies below their mean."""
+    critic_view: int = 64
+    """Width of the layer with which the central critics look at one agent."""
     critic_hidden: int = 128
-    """Width of the central critics' two hidden layers."""
+    """Width of the central critics' two hidden layers after it."""
     actor_hidden: int = 128
     """Width of the policies' two hidden layers."""
 
@@ -221,7 +225,7 @@ class Args(Run, Diffusion, Temperature, Algorithm, Task):
     """Train agents with DDPL on SMAX; the defaults are those of the reported results."""
 
 
-ACTION_SIZE = 4  # shoot last enemy, do shoot, distance, angle; the first two are probabilities of NOT doing so
+ACTION_SIZE = 4  # again at the last target, shoot, x, y; the first two: done where the number is not above 0
 BATTLE = ("returns", "win_rate", "episode_length", "dead_allies")  # the numbers of a battle; returns are undiscounted
 EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "seed", "return_mean", "return_std", "episodes", *BATTLE[1:])
 
@@ -366,6 +370,12 @@ class StackedLinear(NamedTuple):
         return x @ self.weight + self.bias
 
 
+def layer_norm(x: Array) -> Array:
+    """x with mean 0 and variance 1 over its last axis (Ba et al. 2016), without weights."""
+    x = x - x.mean(-1, keepdims=True)
+    return x * lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+
+
 class DiffusionPolicy(NamedTuple):
     """Denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent or one for all."""
 
@@ -450,51 +460,73 @@ class GaussianPolicy(NamedTuple):
 
 
 class CriticEnsemble(NamedTuple):
-    """K centralised critics Q_k(s, a_1..a_N) of the team reward. Their mean is Q; how they differ, how sure it is."""
+    """K centralised critics Q_k(s, a_1..a_N) of the team reward. Their mean is Q; how they differ, how sure it is.
 
+    What an agent does means something by what stands around it, and the same for every agent. So each critic looks at
+    one agent at a time, at its view o_i and action a_i, with weights that all agents share, adds up what it has seen,
+    and judges the sum together with the whole state. The action is also multiplied with the view: whether a vector
+    points at an enemy is a product of the two.
+    """
+
+    view: StackedLinear
+    gate: StackedLinear
+    action: Array
+    sum: Array
     state: StackedLinear
-    actions: Array
     hidden: StackedLinear
     value: StackedLinear
 
     @classmethod
-    def create(cls, key: Array, args: Args, num_agents: int, state_size: int) -> "CriticEnsemble":
-        num_critics, hidden = args.num_critics, args.critic_hidden
-        keys = jax.random.split(key, 4)
+    def create(cls, key: Array, args: Args, obs_size: int, state_size: int) -> "CriticEnsemble":
+        num_critics, view, hidden = args.num_critics, args.critic_view, args.critic_hidden
+        keys = jax.random.split(key, 7)
         return cls(
-            StackedLinear.create(keys[0], num_critics, state_size, hidden),
-            stacked_weight(keys[1], num_critics, num_agents * ACTION_SIZE, hidden),
-            StackedLinear.create(keys[2], num_critics, hidden, hidden),
-            StackedLinear.create(keys[3], num_critics, hidden, 1),
+            StackedLinear.create(keys[0], num_critics, obs_size, view),
+            StackedLinear.create(keys[1], num_critics, obs_size, view),
+            stacked_weight(keys[2], num_critics, ACTION_SIZE, view),
+            stacked_weight(keys[3], num_critics, view, hidden),
+            StackedLinear.create(keys[4], num_critics, state_size, hidden),
+            StackedLinear.create(keys[5], num_critics, hidden, hidden),
+            StackedLinear.create(keys[6], num_critics, hidden, 1),
         )
 
-    def __call__(self, state: Array, actions: Array) -> Array:
-        """Values [K, B] of states [B, S] and joint actions [N, B, D]."""
-        hidden = relu(self.state(state) + joint(actions) @ self.actions)
-        return self.value(relu(self.hidden(hidden)))[..., 0]
+    def __call__(self, state: tuple[Array, Array], actions: Array) -> Array:
+        """Values [K, B] of states, all agents' observations [N, B, O] and the world's [B, S], and actions [N, B, D]."""
+        obs, world = state
+        num_agents, batch_size, _ = actions.shape
+        rows = obs.reshape(num_agents * batch_size, -1)
+        seen = self.see(self.view(rows), self.gate(rows), actions.reshape(len(rows), -1) @ self.action)
+        seen = seen.reshape(len(self.sum), num_agents, batch_size, -1).sum(1)
+        return self.judge(seen @ self.sum + self.state(world))
 
-    def score(self, state: Array, actions: Array, candidates: Array) -> Array:
-        """Values [N, M, B] at states [B, S] where agent i plays each of its candidates [N, M, B, D].
+    def see(self, view: Array, gate: Array, action: Array) -> Array:
+        """What is seen of one agent, from the first layer's parts [..., H]."""
+        return relu(layer_norm(view + (1 + gate) * action))
+
+    def judge(self, hidden: Array) -> Array:
+        """Values [K, B] of hidden [K, B, H]."""
+        return self.value(relu(layer_norm(self.hidden(relu(layer_norm(hidden))))))[..., 0]
+
+    def score(self, state: tuple[Array, Array], actions: Array, candidates: Array) -> Array:
+        """Values [N, M, B] at states ([N, B, O], [B, S]) where agent i plays each of its candidates [N, M, B, D].
 
         The others play their actions [N, B, D]. Each critic scores its share of the states, B / K of them: what is
-        fitted to the scores learns the critics' mean, at the price of one. The candidates of a state share the first
-        layer but for the agent's own action, so it costs next to nothing.
+        fitted to the scores learns the critics' mean, at the price of one. The candidates of a state share all that
+        does not depend on the agent's own action.
         """
-        num_critics, num_agents = len(self.actions), len(actions)
-        own = self.actions.reshape(num_critics, num_agents, ACTION_SIZE, -1)  # the columns of each agent's own action
+        num_critics = len(self.sum)
+        obs, world = state
 
-        def share(critic: CriticEnsemble, own: Array, state: Array, actions: Array, candidates: Array) -> Array:
-            shared = critic.state(state) + joint(actions) @ critic.actions - actions @ own  # [N, B / K, H]
-            hidden = relu(shared[:, None] + candidates @ own[:, None])
-            return critic.value(relu(critic.hidden(hidden)))[..., 0]
+        def share(critic: CriticEnsemble, obs: Array, world: Array, actions: Array, candidates: Array) -> Array:
+            view, gate = critic.view(obs), critic.gate(obs)  # [N, B / K, H]
+            seen = critic.see(view, gate, actions @ critic.action)
+            others = (seen.sum(0) - seen) @ critic.sum + critic.state(world)
+            own = critic.see(view[:, None], gate[:, None], candidates @ critic.action)  # [N, M, B / K, H]
+            return critic.judge(others[:, None] + own @ critic.sum)
 
-        parts = (jnp.stack(jnp.split(x, num_critics, axis)) for x, axis in ((state, 0), (actions, 1), (candidates, 2)))
-        return jnp.concatenate([*jax.vmap(share)(self, own, *parts)], axis=-1)
-
-
-def joint(actions: Array) -> Array:
-    """Joint actions [B, N * D] of the agents' actions [N, B, D]."""
-    return actions.transpose(1, 0, 2).reshape(actions.shape[1], -1)
+        parts = (obs, 1), (world, 0), (actions, 1), (candidates, 2)
+        parts = (jnp.stack(jnp.split(x, num_critics, axis)) for x, axis in parts)
+        return jnp.concatenate([*jax.vmap(share)(self, *parts)], axis=-1)
 
 
 class LocalCritic(NamedTuple):
@@ -554,7 +586,7 @@ class Learner(NamedTuple):
         stack = 1 if args.shared_policy else num_agents
         learned = {
             "policy": policy_class.create(policy_key, args, stack, obs_size),
-            "critic": CriticEnsemble.create(critic_key, args, num_agents, state_size),
+            "critic": CriticEnsemble.create(critic_key, args, obs_size, state_size),
             "local_critic": LocalCritic.create(local_critic_key, args, stack, obs_size) if diffusion else None,
             "log_temperature": jnp.full(num_agents, math.log(args.init_temperature)),
         }
@@ -582,10 +614,12 @@ def update(
     next_actions = learner.policy.sample(sample_key, batch.next_obs) * next_alive[..., None]
     learner, metrics = update_critic(learner, batch, next_actions, args)
     if isinstance(learner.policy, GaussianPolicy):
-        learner, more = update_gaussian(learner, batch.next_state, batch.next_obs, next_alive, args, policy_key)
+        state = batch.next_obs, batch.next_state
+        learner, more = update_gaussian(learner, state, batch.next_obs, next_alive, args, policy_key)
     else:
         rows = slice(args.actor_batch_size)
-        state, obs = batch.next_state[rows], batch.next_obs[:, rows]
+        obs = batch.next_obs[:, rows]
+        state = obs, batch.next_state[rows]
         actions, alive = next_actions[:, rows], next_alive[:, rows]
         learner, more = update_diffusion(learner, state, obs, actions, alive, args, policy_key)
     average = optax.incremental_update(learner.policy, learner.average_policy, 1 - args.average_decay)
@@ -598,12 +632,12 @@ def update_critic(learner: Learner, batch: "Batch", next_actions: Array, args: A
     Q' lies below the target critics' mean by `pessimism` of their standard deviations: two critics and 0.71 make it the
     smaller of two, as in clipped double Q-learning (Fujimoto et al. 2018).
     """
-    next_q = learner.target_critic(batch.next_state, next_actions)
+    next_q = learner.target_critic((batch.next_obs, batch.next_state), next_actions)
     next_value = next_q.mean(0) - args.pessimism * next_q.std(0, ddof=1)
     target = batch.reward + args.gamma * (1 - batch.terminated) * next_value
 
     def squared_error(critic: CriticEnsemble) -> tuple[Array, Array]:
-        q = critic(batch.state, batch.actions)
+        q = critic((batch.obs, batch.state), batch.actions)
         return ((q - target) ** 2).mean(1).sum(), q
 
     (loss, q), gradient = jax.value_and_grad(squared_error, has_aux=True)(learner.critic)
@@ -613,7 +647,7 @@ def update_critic(learner: Learner, batch: "Batch", next_actions: Array, args: A
 
 
 def update_local_critic(
-    learner: Learner, state: Array, obs: Array, actions: Array, alive: Array, candidates: Array, args: Args
+    learner: Learner, state: tuple, obs: Array, actions: Array, alive: Array, candidates: Array, args: Args
 ) -> tuple[Learner, Array, Metrics]:
     """Move each Q_i(o_i, a_i) to the central Q at candidates [N, M, B, D], where the others play actions [N, B, D].
 
@@ -632,9 +666,12 @@ def update_local_critic(
 
 
 def update_diffusion(
-    learner: Learner, state: Array, obs: Array, actions: Array, alive: Array, args: Args, key: Array
+    learner: Learner, state: tuple, obs: Array, actions: Array, alive: Array, args: Args, key: Array
 ) -> tuple[Learner, Metrics]:
-    """One ISSM step of every agent's denoiser, at state [B, S], obs [N, B, O] and the policies' actions [N, B, D]."""
+    """One ISSM step of every agent's denoiser, where the critics see `state`, the policies obs [N, B, O].
+
+    actions [N, B, D] are the policies' own.
+    """
     block_key, propose_key, draw_key, time_key, noise_key = jax.random.split(key, 5)
 
     # 1. Propose, a block of dimensions around the policy's own action (all of them, if it has few). To move the kernels
@@ -688,12 +725,12 @@ def update_diffusion(
 
 
 def update_gaussian(
-    learner: Learner, state: Array, obs: Array, alive: Array, args: Args, key: Array
+    learner: Learner, state: tuple, obs: Array, alive: Array, args: Args, key: Array
 ) -> tuple[Learner, Metrics]:
-    """One step of every Gaussian down its KL to the energy-based policy, reparameterised, at state [B, S].
+    """One step of every Gaussian down its KL to the energy-based policy, reparameterised.
 
-    The policies see obs [N, B, O]. One pass over the joint action serves all agents: the gradient for agent i goes
-    through a_i alone.
+    The critics see `state`, the policies obs [N, B, O]. One pass over the joint action serves all agents: the gradient
+    for agent i goes through a_i alone.
     """
     temperature = jnp.exp(learner.log_temperature)
 
@@ -737,6 +774,7 @@ class Batch(NamedTuple):
     next_obs: Array
     state: Array
     next_state: Array
+    ended: Array
 
 
 def flat(transitions: Batch) -> Array:
@@ -744,27 +782,70 @@ def flat(transitions: Batch) -> Array:
     return jax.vmap(lambda one: ravel_pytree(one)[0])(transitions)
 
 
-def sample_batch(key: Array, buffer: Array, size: Array, batch_size: int, shapes: Batch) -> Batch:
-    """A batch drawn uniformly with replacement from the first `size` rows, agents first where there are agents."""
-    rows = buffer[jax.random.randint(key, (batch_size,), 0, size)]
+def sample_batch(key: Array, buffer: Array, stored: Array, args: Args, shapes: Batch) -> Batch:
+    """A batch drawn uniformly with replacement from the rows there are, `stored` ever; agents first where there are.
+
+    It spans --num-steps steps, or those to the end of the battle or of what is stored: `reward` is their discounted sum
+    and next_obs, next_state and ended are those of the last of them. `terminated` is the share of the value of what
+    comes next that does not count: 1 after the end, and 1 - gamma^(n - 1) after n steps.
+    """
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    columns = (x.reshape(batch_size, *shape) for x, shape in zip(jnp.split(rows, ends, axis=1), shapes))
-    return Batch(*(x.swapaxes(0, 1) if x.ndim > 2 else x for x in columns))
+    first = jax.random.randint(key, (args.batch_size,), jnp.maximum(stored - len(buffer), 0), stored)
+
+    def columns(rows: Array) -> Batch:
+        return Batch(*(x.reshape(-1, *shape) for x, shape in zip(jnp.split(rows, ends, axis=1), shapes)))
+
+    later = first + args.num_envs * jnp.arange(args.num_steps)[:, None]  # [num_steps, B], the rows of one battle
+    names = ("reward", "ended")
+    reward, ended = (buffer[later % len(buffer), ends[Batch._fields.index(name) - 1]] for name in names)
+    going_on = jnp.concatenate([jnp.ones_like(ended[:1]), jnp.cumprod(1 - ended, axis=0)[:-1]])
+    counts = going_on * (later < stored)
+    last = counts.sum(0).astype(int) - 1
+    discounts = args.gamma ** jnp.arange(args.num_steps)
+    start = columns(buffer[first % len(buffer)])
+    end = columns(buffer[(first + args.num_envs * last) % len(buffer)])
+    batch = end._replace(
+        obs=start.obs,
+        actions=start.actions,
+        state=start.state,
+        reward=(counts * reward * discounts[:, None]).sum(0),
+        terminated=1 - (1 - end.terminated) * discounts[last],
+    )
+    return Batch(*(x.swapaxes(0, 1) if x.ndim > 2 else x for x in batch))
 
 
 # ---------------------------------------------------------------------------------------------------- environment
 
 
-class LivingTargetsSMAX(SMAX):
-    """SMAX whose continuous actions aim at the living.
+class AvailableActionsSMAX(SMAX):
+    """SMAX whose continuous actions name decisions and a vector, and mean what an agent can do at the moment.
 
-    The package's decoder shoots at the enemy nearest to the point aimed at, alive or dead, so that a team that has
-    killed once goes on shooting at the corpse. Here the dead lie beyond the horizon while targets are chosen.
+    The chart: the first two numbers are not the probabilities with which the package draws but decide: in the lower
+    half it shoots, and again at the last target. The last two are not distance and angle but a vector (x, y), cut to
+    length 1 where it is longer: where to walk, or the point to aim at. Everything it does, the package's own box does.
+    Availability: the discrete game masks what get_avail_actions says cannot be done. The package's own decoder of
+    continuous actions does not: it shoots at nobody, out of range, and at corpses. Here an agent with nobody in range
+    walks, aims choose among the living in range, and the last target is shot at again only if it is one of them.
     """
 
     def _decode_continuous_actions(self, key: Array, state: Any, actions: Array) -> tuple[Array, Array]:
-        positions = jnp.where(state.unit_alive[:, None], state.unit_positions, 1e6)
-        return super()._decode_continuous_actions(key, state.replace(unit_positions=positions), actions)
+        """Walks [N, 2] and shots [N], numbered as in the discrete game (0: none), of actions [..., D] in [0, 1]."""
+        allies, moves = self.num_allies, self.num_movement_actions
+        available = self.get_avail_actions(state)
+        available = jnp.stack([available[agent] for agent in self.agents[:allies]]) > 0
+        targets = available[:, moves:]  # [N, E]
+        not_again, not_shoot, *vector = actions[:allies].T
+        vector = 2 * jnp.stack(vector, axis=-1) - 1
+        vector = vector / jnp.linalg.norm(vector, axis=-1, keepdims=True).clip(1)
+
+        walks = (not_shoot > 0.5) | ~targets.any(-1)
+        own, enemies = state.unit_positions[:allies], state.unit_positions[allies:]
+        gaps = jnp.linalg.norm(enemies - (own + vector)[:, None], axis=-1)
+        aimed = jnp.where(targets, gaps, jnp.inf).argmin(-1) + moves
+        last = state.prev_attack_actions[:allies]
+        last_there = jnp.take_along_axis(available, last.astype(int)[:, None], axis=1)[:, 0] & (last >= moves)
+        again = last_there & (not_again <= 0.5)
+        return jnp.where(walks[:, None], vector, 0), jnp.where(walks, 0, jnp.where(again, last, aimed))
 
 
 def make_env(args: Args) -> HeuristicEnemySMAX:
@@ -774,8 +855,8 @@ def make_env(args: Args) -> HeuristicEnemySMAX:
         raise RunError(f"--map-name: {args.map_name!r} is not a map of SMAX; choose from {choices}")
     options = {"scenario": MAP_NAME_TO_SCENARIO[args.map_name], "action_type": "continuous"}
     env = HeuristicEnemySMAX(**options)
-    if not args.corpses_are_targets:
-        env._env = LivingTargetsSMAX(**options)
+    if not args.raw_actions:
+        env._env = AvailableActionsSMAX(**options)
     return env
 
 
@@ -856,7 +937,7 @@ def batch_shapes(env: HeuristicEnemySMAX) -> Batch:
     """Shapes of one transition's fields."""
     _, obs, state = jax.eval_shape(partial(reset, env), jax.random.PRNGKey(0))
     actions = (env.num_agents, ACTION_SIZE)
-    return Batch(obs.shape, actions, (), (), obs.shape, state.shape, state.shape)
+    return Batch(obs.shape, actions, (), (), obs.shape, state.shape, state.shape, ())
 
 
 def begin(env: HeuristicEnemySMAX, args: Args, seed: Array) -> Training:
@@ -904,13 +985,13 @@ def play_and_learn(
     after, env_state, obs, state = jax.vmap(partial(step, env))(keys, training.env_state, actions)
 
     # Store.
-    transitions = Batch(training.obs, actions, after.reward, after.terminated, after.obs, training.state, after.state)
-    rows = flat(transitions._replace(terminated=after.terminated.astype(jnp.float32)))
+    terminated, ended = after.terminated.astype(jnp.float32), after.ended.astype(jnp.float32)
+    before, there = (training.obs, training.state), (after.obs, after.state)
+    rows = flat(Batch(before[0], actions, after.reward, terminated, there[0], before[1], there[1], ended))
     first = index * args.num_envs % len(training.buffer)
     buffer = lax.dynamic_update_slice(training.buffer, rows, (first, 0))
     returns = training.returns + after.reward
     lengths = training.lengths + 1
-    ended = after.ended.astype(jnp.float32)
     numbers = dict(zip(BATTLE, (returns, after.won, lengths, after.dead_allies)))
     metrics = {"battles": ended.sum()} | {name: (ended * value).sum() for name, value in numbers.items()}
 
@@ -918,11 +999,10 @@ def play_and_learn(
     learner = training.learner
     if learning:
         shapes = batch_shapes(env)
-        size = jnp.minimum((index + 1) * args.num_envs, len(buffer))
 
         def learn(learner: Learner, key: Array) -> tuple[Learner, Metrics]:
             batch_key, update_key = jax.random.split(key)
-            batch = sample_batch(batch_key, buffer, size, args.batch_size, shapes)
+            batch = sample_batch(batch_key, buffer, (index + 1) * args.num_envs, args, shapes)
             return update(learner, batch, living(env, batch.obs), living(env, batch.next_obs), args, update_key)
 
         keys = jax.random.split(learn_key, args.num_envs // args.steps_per_update)

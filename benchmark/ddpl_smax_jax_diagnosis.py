@@ -1,9 +1,9 @@
-"""Why continuous SMAX resists: what scripted teams win with the same actions, and what the critics have learned.
+"""What a team on SMAX lacks: what it wins when a part of its actions is a script's, and what its critics have learned.
 
     python benchmark/ddpl_smax_jax_diagnosis.py              # win rates of scripted teams on three maps
-    python benchmark/ddpl_smax_jax_diagnosis.py RUN_DIR      # and the critics of a run (its first seed)
+    python benchmark/ddpl_smax_jax_diagnosis.py RUN_DIR      # the parts and the critics of a run (its first seed)
 
-Writes benchmark/results/smax/scripts.csv and critic_<map>_<policy>.png.
+Writes benchmark/results/smax/scripts.csv, and of a run parts_<map>_<policy>.csv and critic_<map>_<policy>.png.
 """
 
 import csv
@@ -44,8 +44,8 @@ def look(env, obs: Array) -> tuple[Array, Array, Array, Array]:
 def towards(away: Array, target: Array, walk: Array) -> Array:
     """Actions [N, D] in [-1, 1] that walk to, or else shoot towards, each agent's target among places [N, E, 2]."""
     x, y = jnp.take_along_axis(away, target[:, None, None], axis=1)[:, 0].T
-    angle = jnp.arctan2(y, x) % (2 * jnp.pi) / (2 * jnp.pi)
-    return 2 * jnp.stack([jnp.ones_like(x), walk * jnp.ones_like(x), jnp.ones_like(x), angle], axis=-1) - 1
+    length = jnp.hypot(x, y).clip(1e-6)
+    return jnp.stack([jnp.ones_like(x), 2.0 * walk - jnp.ones_like(x), x / length, y / length], axis=-1)
 
 
 def nearest(env, obs: Array) -> Array:
@@ -98,13 +98,13 @@ def play_all(env, policy) -> tuple:
 def unreachable(env, obs: Array) -> tuple[Array, Array]:
     """[N, E]: an agent's targets, where it has two or more in range, and those of them at which it cannot aim.
 
-    The package shoots at the enemy nearest to a point at most one length away, whatever the weapon's range.
+    A shot goes to the enemy in range that is nearest to a point at most one length away, whatever the weapon's range.
     """
     away, _, distance, in_range = look(env, obs)
     angles = 2 * jnp.pi * jnp.arange(64) / 64
     aims = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     gaps = jnp.linalg.norm(away[:, None] - aims[:, None], axis=-1)  # [N, angles, E]
-    hit = jnp.where(jnp.isfinite(distance)[:, None], gaps, jnp.inf).argmin(-1)
+    hit = jnp.where(in_range[:, None], gaps, jnp.inf).argmin(-1)
     reached = (hit[..., None] == jnp.arange(env.num_enemies)).any(1) | (distance <= 1)  # or aimed at directly
     targets = in_range & (in_range.sum(-1, keepdims=True) > 1) & (obs[:, -len(env.own_features)] > 0)[:, None]
     return targets, targets & ~reached
@@ -127,13 +127,60 @@ def scripted_teams() -> None:
         writer.writerows(rows)
 
 
-def critics(run_dir: Path) -> None:
-    """Plot and print what the central and local critics of a run's first seed say along battles of its own policies."""
+PARTS = {  # which of them are the script's: to shoot if one can, at whom, where to walk if not
+    "as learned": (False, False, False),
+    "shoots whenever it can": (True, False, False),
+    "aims at the nearest": (False, True, False),
+    "shoots whenever it can, at the nearest": (True, True, False),
+    "walks to the nearest when it cannot shoot": (False, False, True),
+    "all three: the script": (True, True, True),
+}
+
+
+def mixed(env, parts: Array, actions: Array, obs: Array) -> Array:
+    """Actions [N, D] of a team, of which some parts are those of the script `nearest`."""
+    script = nearest(env, obs)
+    in_range = look(env, obs)[-1].any(-1)
+    shoots, aims, walks = parts
+    actions = actions.at[:, 1].set(jnp.where(shoots & in_range, script[:, 1], actions[:, 1]))
+    aims = aims & in_range & (actions[:, 1] < 0)  # who shoots: the others walk where they want
+    actions = jnp.where(aims[:, None], script.at[:, 1].set(actions[:, 1]), actions)
+    return jnp.where((walks & ~in_range)[:, None], script, actions)
+
+
+def load(run_dir: Path) -> tuple:
+    """Arguments, environment and learner (first seed) of a run."""
     run_dir = smax.existing_run("RUN_DIR", str(run_dir))
     args, checkpoint = smax.load_checkpoint("RUN_DIR", run_dir, smax.Args(), given=(), free=())
     env = smax.make_env(args)
     training, _ = smax.restore("RUN_DIR", run_dir, checkpoint, env, args)
-    learner = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), training.learner)
+    return args, env, jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), training.learner)
+
+
+def replaced_parts(args: smax.Args, env, learner: smax.Learner) -> None:
+    """Win rates and returns of the deterministic policies when parts of their actions are the script's."""
+
+    def battles(parts: Array) -> tuple[Array, Array]:
+        def team(key: Array, obs: Array) -> Array:
+            return mixed(env, parts, smax.act(learner.average_policy, env, key, obs[None], True)[0], obs)
+
+        _, _, after, playing = play_all(env, team)
+        return (after.won & playing).any(1).mean(), (after.reward * playing).sum(1).mean()
+
+    play_parts = jax.jit(battles)
+    rows = []
+    for name, parts in PARTS.items():
+        wins, returns = play_parts(jnp.array(parts))
+        rows.append({"team": name, "win_rate": round(float(wins), 3), "return": round(float(returns), 3)})
+        print(rows[-1], flush=True)
+    with open(RESULTS / f"parts_{args.map_name}_{args.policy}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def critics(args: smax.Args, env, learner: smax.Learner) -> None:
+    """Plot and print what the central and local critics say along battles of the run's own policies."""
     (obs, state), actions, after, playing = play_all(
         env, lambda key, obs: smax.act(learner.average_policy, env, key, obs[None])[0]
     )
@@ -146,7 +193,8 @@ def critics(run_dir: Path) -> None:
     whole = len(returns) // args.num_critics * args.num_critics  # the critics share the states out evenly
     obs, state, actions = (jnp.asarray(np.asarray(x)[playing][:whole]) for x in (obs, state, actions))  # [B, ...]
     returns = returns[:whole]
-    q = np.asarray(learner.critic(state, actions.swapaxes(0, 1)).mean(0))
+    seen = obs.swapaxes(0, 1), state
+    q = np.asarray(learner.critic(seen, actions.swapaxes(0, 1)).mean(0))
     error = np.corrcoef(q, returns)[0, 1], (q - returns).mean(), (q - returns).std(), returns.std()
     print("Q and return: correlation {:.2f}, bias {:+.3f}, deviation {:.3f}, of the returns {:.3f}".format(*error))
 
@@ -156,7 +204,7 @@ def critics(run_dir: Path) -> None:
     candidates = jnp.stack(pairs, 1).transpose(2, 1, 0, 3)  # [N, 2, B, D]
     own = actions.swapaxes(0, 1)
     engaged = np.asarray(in_range.any(-1) & (smax.living(env, obs) > 0)).T
-    values = {"central": learner.critic.score(state, own, candidates)}
+    values = {"central": learner.critic.score(seen, own, candidates)}
     if learner.local_critic is not None:
         values["local"] = learner.local_critic(obs.swapaxes(0, 1), candidates)
     gaps = {name: np.asarray(value[:, 0] - value[:, 1])[engaged] for name, value in values.items()}
@@ -181,4 +229,9 @@ def critics(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    scripted_teams() if len(sys.argv) == 1 else [critics(Path(run)) for run in sys.argv[1:]]
+    if len(sys.argv) == 1:
+        scripted_teams()
+    for run in sys.argv[1:]:
+        loaded = load(Path(run))
+        replaced_parts(*loaded)
+        critics(*loaded)

@@ -32,11 +32,11 @@ RESULTS = Path(__file__).parent / "results" / "smax"
 
 
 def translated(env: HeuristicEnemySMAX, env_state: Any, choices: Array) -> Array:
-    """Continuous actions [N, 4] in [0, 1], as the package takes them, that come closest to discrete choices [N].
+    """Continuous actions [N, 4] in [0, 1], as the environment takes them, that come closest to discrete choices [N].
 
     Walking and stopping are matched exactly. Of aims straight at the target and all around, each at most one length
-    away, it takes the one that the target is nearest to, compared with the other living enemies; the last target is
-    shot at again without aiming.
+    away, it takes the one that the target is nearest to, compared with the others in range; the last target is shot at
+    again without aiming.
     """
     state, allies = env_state.state, env.num_agents
     walk = env._decode_discrete_actions(choices)[0]  # [N, 2], 0 for stopping and shooting
@@ -50,12 +50,13 @@ def translated(env: HeuristicEnemySMAX, env_state: Any, choices: Array) -> Array
     aims = jnp.concatenate([straight, jnp.tile(around, (allies, 1, 1))], axis=1)  # [N, 65, 2]
     gaps = jnp.linalg.norm(away[:, None] - aims[:, :, None], axis=-1)  # [N, 65, E]
     chosen = (jnp.arange(env.num_enemies) == target[:, None])[:, None]  # [N, 1, E]
-    others = jnp.where(chosen | ~state.unit_alive[allies:], jnp.inf, gaps).min(-1)
+    available = env.get_avail_actions(env_state)
+    in_range = jnp.stack([available[agent] for agent in env.agents])[:, env.num_movement_actions :] > 0
+    others = jnp.where(chosen | ~in_range[:, None], jnp.inf, gaps).min(-1)
     best = (jnp.where(chosen, gaps, 0).sum(-1) - others).argmin(-1)
     x, y = jnp.where(shoots, aims[jnp.arange(allies), best].T, walk.T)
     again = shoots & (state.prev_attack_actions[:allies] == choices)
-    angle = jnp.arctan2(y, x) % (2 * jnp.pi) / (2 * jnp.pi)
-    return jnp.stack([1.0 - again, 1.0 - shoots, jnp.hypot(x, y).clip(0, 1), angle], axis=-1)
+    return jnp.stack([1.0 - again, 1.0 - shoots, (x + 1) / 2, (y + 1) / 2], axis=-1)
 
 
 def win_rates(ippo: ModuleType, config: dict, params: Any) -> dict[str, float]:

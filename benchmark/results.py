@@ -39,8 +39,8 @@ def place(args: dict) -> tuple[str, str, str]:
     if args["script"] == "ddpl_mamujoco":
         return "mamujoco", f"{args['scenario']}_{args['agent_conf'].replace('|', '-')}", args["policy"]
     if args["script"] == "ddpl_smax_jax":
-        budget = "" if args["total_timesteps"] == 400_000 else f"_{args['total_timesteps']}_steps"
-        return "smax", args["map_name"] + budget, args["policy"] + ("-corpses" if args["corpses_are_targets"] else "")
+        budget = "" if args["total_timesteps"] == 200_000 else f"_{args['total_timesteps']}_steps"
+        return "smax", args["map_name"] + budget, args["policy"] + ("-raw" if args["raw_actions"] else "")
     if args["script"] == "ddpl_isaaclab":
         return "isaaclab", args["task"], args["policy"]
     task = args["env_id"].replace("/", "-")

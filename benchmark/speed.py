@@ -230,7 +230,7 @@ def measure_smax() -> None:
 
     @jax.jit
     def learn(learner, buffer, key):
-        batch = ddpl_smax_jax.sample_batch(key, buffer, len(buffer), args.batch_size, shapes)
+        batch = ddpl_smax_jax.sample_batch(key, buffer, len(buffer), args, shapes)
         alive = (ddpl_smax_jax.living(env, obs) for obs in (batch.obs, batch.next_obs))
         return ddpl_smax_jax.update(learner, batch, *alive, args, key)
 
@@ -243,7 +243,9 @@ def measure_smax() -> None:
             keys = jax.random.split(step_key, args.num_envs)
             after, env_state, next_obs, next_states = step_all(keys, env_state, actions)
             ended = after.terminated.astype(jnp.float32)
-            rows = rows_of(ddpl_smax_jax.Batch(obs, actions, after.reward, ended, after.obs, states, after.state))
+            rows = rows_of(
+                ddpl_smax_jax.Batch(obs, actions, after.reward, ended, after.obs, states, after.state, ended)
+            )
             buffer = store(buffer, rows, index * args.num_envs)
             returns = np.where(after.ended, 0, returns + after.reward)
             obs, states = next_obs, next_states

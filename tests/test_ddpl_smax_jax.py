@@ -11,10 +11,12 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from helpers import command, error_of, evaluations, wait_for
@@ -82,12 +84,53 @@ def assert_same(ours, theirs, tolerance=1e-5):
     np.testing.assert_allclose(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
 
 
+class TorchCritics(NamedTuple):
+    """The central critics of the PyTorch scripts, which see one long state, in the place of this script's own."""
+
+    state: smax.StackedLinear
+    actions: jax.Array
+    hidden: smax.StackedLinear
+    value: smax.StackedLinear
+
+    def __call__(self, state, actions):
+        _, world = state
+        joint = actions.transpose(1, 0, 2).reshape(actions.shape[1], -1)
+        hidden = jax.nn.relu(self.state(world) + joint @ self.actions)
+        return self.value(jax.nn.relu(self.hidden(hidden)))[..., 0]
+
+    def score(self, state, actions, candidates):
+        """Each critic scores its share of the states."""
+        scores = []
+        for critic in range(len(self.actions)):
+            rows = slice(critic * B // len(self.actions), (critic + 1) * B // len(self.actions))
+            mine = jax.tree.map(lambda x, critic=critic: x[critic : critic + 1], self)
+
+            def score(agent, candidate, rows=rows, mine=mine):
+                joint = actions[:, rows].at[agent].set(candidate)
+                return mine((None, state[1][rows]), joint)[0]
+
+            share = [[score(agent, one) for one in candidates[agent][:, rows]] for agent in range(N)]
+            scores.append(jnp.array(share))
+        return jnp.concatenate(scores, axis=-1)
+
+
+def torch_critics(key, args):
+    keys = jax.random.split(key, 4)
+    shapes = (S, 16), (N * 4, 16), (16, 16), (16, 1)
+    weights = [smax.stacked_weight(k, args.num_critics, *shape) for k, shape in zip(keys, shapes)]
+    layers = [smax.StackedLinear(weight, jnp.zeros((len(weight), 1, weight.shape[2]))) for weight in weights]
+    return TorchCritics(layers[0], weights[1], *layers[2:])
+
+
 def learners(policy="diffusion"):
     """The learner in JAX, and the same parameters in PyTorch."""
     sizes = dict(critic_hidden=16, actor_hidden=8, local_critic_hidden=8, actor_batch_size=B)
     args = Args(policy=policy, shared_policy=False, **sizes)
     torch_args = ddpl_mamujoco.Args(**{k: getattr(args, k) for k in smax.run_arguments(args) if k in TORCH_FIELDS})
     ours = smax.Learner.create(jax.random.PRNGKey(0), args, N, O, S)
+    critic = torch_critics(jax.random.PRNGKey(1), args)
+    optimizers = ours.optimizers | {"critic": optax.adam(0.0).init(critic)}
+    ours = ours._replace(critic=critic, optimizers=optimizers)
     ours = ours._replace(  # otherwise the denoiser says 0 and the target critic what the critic says
         policy=jax.tree.map(lambda x: x + 0.1, ours.policy),
         target_critic=jax.tree.map(lambda x: x - 0.05, ours.critic),
@@ -186,8 +229,8 @@ def test_networks(policy, monkeypatch):
         for mine, other in zip(ours.policy.rsample(key, obs), theirs.policy.rsample(torch_obs)):
             assert_same(mine, other)
     assert_same(ours.policy.sample(key, obs), theirs.policy.sample(torch_obs))
-    assert_same(ours.critic(state, actions), theirs.critic(torch_state, torch_actions))
-    mine = ours.critic.score(state, actions, candidates)
+    assert_same(ours.critic((obs, state), actions), theirs.critic(torch_state, torch_actions))
+    mine = ours.critic.score((obs, state), actions, candidates)
     assert_same(mine, theirs.critic.score(torch_state, torch_actions, torch_candidates))
 
 
@@ -195,7 +238,7 @@ def batches():
     (obs, torch_obs), (actions, torch_actions) = both(2, N, B, O), both(N, B, 4, low=-1)
     (reward, torch_reward), (state, torch_state) = both(B), both(2, B, S)
     ended = [0.0, 1, 0, 0, 1, 0, 0, 0]
-    ours = smax.Batch(obs[0], actions, reward, jnp.array(ended), obs[1], *state)
+    ours = smax.Batch(obs[0], actions, reward, jnp.array(ended), obs[1], *state, jnp.array(ended))
     theirs = torch_obs[0], torch_actions, torch_reward, torch.tensor(ended), torch_obs[1], *torch_state
     return ours, ddpl_mamujoco.Batch(*theirs)
 
@@ -212,7 +255,7 @@ def test_critics_and_temperature_learn_the_same():
     for _ in range(3):
         ours, metrics = update_critic(ours, batch, actions, args)
         torch_metrics = ddpl_mamujoco.update_critic(theirs, torch_batch, torch_actions)
-        at = batch.state, batch.obs, actions
+        at = (batch.obs, batch.state), batch.obs, actions
         ours, q, more = update_local_critic(ours, *at, alive, candidates, args)
         at = torch_batch.state, torch_batch.obs, torch_actions
         torch_q, torch_more = ddpl_mamujoco.update_local_critic(theirs, *at, torch_candidates)
@@ -232,7 +275,7 @@ def test_gaussian_learns_the_same(monkeypatch):
     for number in range(3):
         key = jax.random.PRNGKey(number)
         monkeypatch.setattr(torch, "randn_like", drawn([jax.random.normal(key, (N, B, 4))]))
-        ours, metrics = smax.update_gaussian(ours, batch.state, batch.obs, jnp.ones((N, B)), args, key)
+        ours, metrics = smax.update_gaussian(ours, (batch.obs, batch.state), batch.obs, jnp.ones((N, B)), args, key)
         torch_metrics = ddpl_mamujoco.update_gaussian(theirs, torch_batch.state, torch_batch.obs)
         for name, value in metrics.items():
             assert_same(value, torch_metrics[name])
@@ -258,7 +301,8 @@ def test_diffusion_learns_the_same(monkeypatch):
         spy = lambda *a, **k: (draws.append(choose(*a, **k)), draws[-1])[1]  # noqa: E731, B023
         with monkeypatch.context() as patch:
             patch.setattr(jax.random, "categorical", spy)
-            ours, metrics = smax.update_diffusion(ours, batch.state, batch.obs, actions, jnp.ones((N, B)), args, key)
+            at = (batch.obs, batch.state), batch.obs, actions
+            ours, metrics = smax.update_diffusion(ours, *at, jnp.ones((N, B)), args, key)
         chosen = draws[0].transpose(1, 2, 0).reshape(N * B, 4)
         with monkeypatch.context() as patch:
             patch.setattr(ddpl_mamujoco, "random_blocks", drawn([block]))
@@ -270,6 +314,59 @@ def test_diffusion_learns_the_same(monkeypatch):
         for name, value in metrics.items():
             assert_same(value, torch_metrics[name], 1e-4)
     assert_same_learner(ours, theirs, ["policy", "local_critic"])
+
+
+# ---- the central critics
+
+
+def critics():
+    """Critics, what they see, actions and candidates."""
+    args = Args(num_critics=4, critic_view=6, critic_hidden=16)
+    ensemble = smax.CriticEnsemble.create(jax.random.PRNGKey(0), args, O, S)
+    ensemble = jax.tree.map(lambda x: x + 0.1, ensemble)
+    (obs, _), (world, _), (actions, _), (candidates, _) = both(N, B, O), both(B, S), both(N, B, 4), both(N, 16, B, 4)
+    return ensemble, (obs, world), actions, candidates
+
+
+def test_critics_in_numpy():
+    """One state of one critic, in plain words."""
+    ensemble, (obs, world), actions, _ = critics()
+    q = ensemble((obs, world), actions)
+    assert q.shape == (4, B)
+
+    def normal(x):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+
+    critic = jax.tree.map(lambda x: np.asarray(x[2], np.float64), ensemble)
+    linear = lambda layer, x: x @ layer.weight + layer.bias[0]  # noqa: E731
+    for row in range(B):
+        total = linear(critic.state, world[row])
+        for agent in range(N):
+            o, a = np.asarray(obs[agent, row]), np.asarray(actions[agent, row])
+            seen = linear(critic.view, o) + (1 + linear(critic.gate, o)) * (a @ critic.action)
+            total = total + np.maximum(normal(seen), 0) @ critic.sum
+        hidden = linear(critic.hidden, np.maximum(normal(total), 0))
+        value = linear(critic.value, np.maximum(normal(hidden), 0))
+        np.testing.assert_allclose(q[2, row], value[0], rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_values_of_joint_actions():
+    """Of each agent's candidates, with the others' actions; and every critic has its share of the states."""
+    ensemble, state, actions, candidates = critics()
+    scores = ensemble.score(state, actions, candidates)
+    for agent in range(N):
+        for number in range(0, 16, 5):
+            q = ensemble(state, actions.at[agent].set(candidates[agent, number]))
+            share = jnp.concatenate([q[k, k * B // 4 : (k + 1) * B // 4] for k in range(4)])
+            np.testing.assert_allclose(scores[agent, number], share, rtol=1e-4, atol=1e-4)
+
+
+def test_critics_treat_agents_alike():
+    """Who has which number does not matter, only what each sees and does."""
+    ensemble, (obs, world), actions, _ = critics()
+    np.testing.assert_allclose(
+        ensemble((obs, world), actions), ensemble((obs[::-1], world), actions[::-1]), rtol=1e-4, atol=1e-4
+    )
 
 
 # ---- the dead
@@ -316,17 +413,18 @@ def test_the_living_are_those_with_health():
 # ---- battles
 
 
-@pytest.mark.parametrize("corpses_are_targets", [False, True])
-def test_corpses_are_no_targets(corpses_are_targets):
-    """The scripted team wins half of its battles, and none if it may not take its eyes off the dead."""
-    env = make_env(Args(corpses_are_targets=corpses_are_targets))
+@pytest.mark.parametrize("raw_actions", [False, True])
+def test_scripted_teams_win(raw_actions):
+    """Half of their battles, and none with the package's decoder, which does not take its eyes off the dead."""
+    env = make_env(Args(raw_actions=raw_actions))
+    chart = polar if raw_actions else lambda actions: actions
 
     def battle(key):
         reset_key, key = jax.random.split(key)
 
         def play(carry, key):
             env_state, obs, playing, won = carry
-            after, env_state, obs, _ = smax.step(env, key, env_state, smax_diagnosis.nearest(env, obs))
+            after, env_state, obs, _ = smax.step(env, key, env_state, chart(smax_diagnosis.nearest(env, obs)))
             return (env_state, obs, playing & ~after.ended, won | (playing & after.won)), None
 
         env_state, obs, _ = smax.reset(env, reset_key)
@@ -334,7 +432,84 @@ def test_corpses_are_no_targets(corpses_are_targets):
         return jax.lax.scan(play, start, jax.random.split(key, 101))[0][3]
 
     wins = jax.jit(jax.vmap(battle))(jax.random.split(jax.random.PRNGKey(0), 64)).mean()
-    assert wins < 0.1 if corpses_are_targets else wins > 0.3
+    assert wins < 0.1 if raw_actions else wins > 0.3
+
+
+def polar(actions):
+    """Actions [..., 4] in [-1, 1] for the package's own decoder that mean the same."""
+    x, y = actions[..., 2], actions[..., 3]
+    distance, angle = jnp.hypot(x, y).clip(0, 1), jnp.arctan2(y, x) / (2 * jnp.pi) % 1
+    return jnp.concatenate([actions[..., :2], 2 * jnp.stack([distance, angle], axis=-1) - 1], axis=-1)
+
+
+def decoded(env, env_state, actions, seed=0):
+    """Walks [N, 2] and shots [N] of the agents' actions [N, 4] in [-1, 1]."""
+    everybody = jnp.ones((env.num_agents + env.num_enemies, 4)).at[: env.num_agents].set(actions / 2 + 0.5)
+    results = env._env._decode_continuous_actions(jax.random.PRNGKey(seed), env_state.state, everybody)
+    return tuple(x[: env.num_agents] for x in results)
+
+
+@pytest.fixture(scope="module")
+def battles_at_close_range():
+    """The environment and the package's own, ten battles in which some are in range, and what they can do [N, 10]."""
+    env, package = (make_env(Args(map_name="2s3z", raw_actions=raw)) for raw in (False, True))
+    battles = [random_battle(env, seed)[0] for seed in range(10)]
+    available = [env.get_avail_actions(battle) for battle in battles]
+    return env, package, battles, [np.stack([can[agent] for agent in env.agents]) > 0 for can in available]
+
+
+def test_the_chart_is_onto_and_can_be_inverted(battles_at_close_range):
+    """Every distance and angle of the package is a vector, which walks the same way; a longer vector is cut."""
+    env, package, battles, _ = battles_at_close_range
+    distance, angle = (x.flatten() for x in jnp.meshgrid(jnp.linspace(0, 1, 6), jnp.linspace(0, 0.999, 25)))
+    walk = jnp.ones_like(angle)
+    theirs = jnp.stack([walk, walk, 2 * distance - 1, 2 * angle - 1], axis=-1)
+    turn = 2 * jnp.pi * angle
+    ours = jnp.stack([walk, walk, distance * jnp.cos(turn), distance * jnp.sin(turn)], axis=-1)
+    assert abs(ours).max() <= 1
+    back = polar(ours)
+    np.testing.assert_allclose(jnp.where(distance[:, None] > 0, back - theirs, 0), 0, atol=1e-4)
+
+    @partial(jax.jit, static_argnums=0)
+    def walks(env, actions):
+        return jax.vmap(lambda one: decoded(env, battles[0], jnp.tile(one, (env.num_agents, 1)))[0])(actions)
+
+    np.testing.assert_allclose(walks(env, ours), walks(package, theirs), atol=1e-5)
+    outside = ours.at[:, 2:].multiply(0.5 / distance[:, None].clip(0.1)).at[:, 2:].multiply(4)  # of length two
+    longest = outside.at[:, 2:].divide(2)
+    np.testing.assert_allclose(walks(env, outside)[distance > 0.1], walks(env, longest)[distance > 0.1], atol=1e-5)
+
+
+def test_what_can_be_done_is_what_the_package_says(battles_at_close_range):
+    """Whatever the action, shots are among get_avail_actions; who cannot shoot walks, who can and wants to shoots."""
+    env, _, battles, available = battles_at_close_range
+    first = env.num_movement_actions
+    last = jnp.array([0, *range(first, first + env.num_enemies)])
+
+    @jax.jit
+    def play(battle, seed):
+        actions = jax.random.uniform(jax.random.PRNGKey(seed), (env.num_agents, 4), minval=-1)
+        state = battle.state
+        before = jnp.resize(jnp.roll(last, seed), state.prev_attack_actions.shape)
+        battle = battle.replace(state=state.replace(prev_attack_actions=before.astype(state.prev_attack_actions.dtype)))
+        return actions, before, decoded(env, battle, actions, seed)
+
+    seen = set()
+    for battle, can in zip(battles, available):
+        for seed in range(24):
+            actions, before, (walk, shot) = jax.tree.map(np.asarray, play(battle, seed))
+            for agent in range(env.num_agents):
+                walks = (walk[agent] != 0).any()
+                assert walks == (shot[agent] == 0)  # a drawn vector is never 0
+                assert walks or (shot[agent] >= first and can[agent, shot[agent]])
+                assert walks or can[agent, first:].any()
+                not_again, not_shoot = actions[agent, :2]
+                if can[agent, first:].any():
+                    assert walks == (not_shoot > 0)
+                if not walks and not_again <= 0 and before[agent] >= first and can[agent, before[agent]]:
+                    assert shot[agent] == before[agent]
+                seen.add((bool(walks), bool(can[agent, first:].any())))
+    assert seen == {(True, True), (True, False), (False, True)}
 
 
 @pytest.fixture(scope="module")
@@ -377,9 +552,10 @@ def random_battle(env, seed):
 
 
 def targets_of_all_aims(env, env_state):
-    """[N, E]: whom the package's own decoder, tried with 50 times 360 aims, can let each agent shoot at."""
-    distance, angle = (x.flatten() for x in jnp.meshgrid(jnp.linspace(0, 1, 50), jnp.linspace(0, 1, 360)))
-    aims = jnp.stack([jnp.ones_like(angle), jnp.zeros_like(angle), distance, angle], axis=-1)
+    """[N, E]: whom the decoder, tried with 50 times 360 aims, can let each agent shoot at."""
+    distance, angle = (x.flatten() for x in jnp.meshgrid(jnp.linspace(0, 1, 50), jnp.linspace(0, 2 * jnp.pi, 360)))
+    x, y = distance * jnp.cos(angle), distance * jnp.sin(angle)
+    aims = jnp.stack([jnp.ones_like(x), jnp.zeros_like(x), x / 2 + 0.5, y / 2 + 0.5], axis=-1)
     everybody = jnp.tile(aims[:, None], (1, len(env_state.state.unit_positions), 1))
     decode = partial(env._env._decode_continuous_actions, jax.random.PRNGKey(0), env_state.state)
     shots = jax.vmap(decode)(everybody)[1][:, : env.num_agents] - env.num_movement_actions
@@ -459,11 +635,41 @@ def test_replay_rows_keep_their_fields():
     transitions = smax.Batch(*(x.swapaxes(0, 1) if x.ndim > 2 else x for x in batch))
     rows = smax.flat(transitions)
     shapes = smax.Batch(*(x.shape[1:] for x in transitions))
-    drawn_batch = smax.sample_batch(jax.random.PRNGKey(0), rows, jnp.array(2), 50, shapes)
+    args = Args(batch_size=50, num_steps=1, num_envs=1)
+    drawn_batch = smax.sample_batch(jax.random.PRNGKey(0), rows, jnp.array(2), args, shapes)
     chosen = jax.random.randint(jax.random.PRNGKey(0), (50,), 0, 2)
     for ours, theirs in zip(drawn_batch, batch):
-        assert (ours == (theirs[:, chosen] if theirs.ndim > 2 else theirs[chosen])).all()
+        np.testing.assert_allclose(ours, theirs[:, chosen] if theirs.ndim > 2 else theirs[chosen], rtol=1e-6)
     assert set(chosen.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("stored", [14, 24, 46])
+def test_rewards_of_several_steps(stored):
+    """A buffer of 24 rows of two battles, filled in part, once, and nearly twice; a row's observation is its number.
+
+    Battles end at every fifth step, every other time for good.
+    """
+    steps = np.arange(stored)
+    obs, ended = steps[:, None, None] * np.ones((1, N, 1)), (steps // 2 % 5 == 4) * 1.0
+    terminated = ended * (steps // 10 % 2)
+    whole = smax.Batch(obs, np.zeros((stored, N, 4)), steps**2.0, terminated, obs + 2, obs[:, 0], obs[:, 0] + 2, ended)
+    rows = smax.flat(jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), whole))
+    buffer = jnp.zeros((24, rows.shape[1])).at[steps[-24:] % 24].set(rows[-24:])
+    args = Args(batch_size=400, num_steps=3, num_envs=2, gamma=0.9)
+    shapes = smax.Batch(*(x.shape[1:] for x in whole))
+    batch = smax.sample_batch(jax.random.PRNGKey(0), buffer, jnp.array(stored), args, shapes)
+    assert set(np.asarray(batch.obs[0, :, 0]).tolist()) == set(steps[-24:].tolist())
+    for number in range(400):
+        first = int(batch.obs[0, number, 0])
+        span = [first]
+        while len(span) < 3 and not ended[span[-1]] and span[-1] + 2 < stored:
+            span.append(span[-1] + 2)
+        reward = sum(0.9**n * step**2 for n, step in enumerate(span))
+        np.testing.assert_allclose(batch.reward[number], reward, rtol=1e-5)
+        assert (batch.next_obs[:, number] == span[-1] + 2).all() and batch.next_state[number] == span[-1] + 2
+        # in the critics' target, what comes next counts for gamma (1 - terminated)
+        weight = 0.9 ** len(span) * (1 - terminated[span[-1]])
+        np.testing.assert_allclose(0.9 * (1 - batch.terminated[number]), weight, rtol=1e-4, atol=1e-6)
 
 
 # ---- the program
@@ -517,7 +723,8 @@ def test_a_step_stores_what_happened(step_of_3m):
     steps = [step_of_3m(key, *battle)[0] for key, battle in zip(jax.random.split(step_key, 8), battles, strict=True)]
     after = jax.tree.map(lambda *leaves: jnp.stack(leaves), *steps)
     assert after.ended.tolist() == [False, True] * 4
-    batch = smax.Batch(training.obs, actions, after.reward, jnp.zeros(8), after.obs, training.state, after.state)
+    there = after.obs, training.state, after.state, after.ended.astype(jnp.float32)
+    batch = smax.Batch(training.obs, actions, after.reward, jnp.zeros(8), *there)
     np.testing.assert_allclose(new.buffer[24:32], smax.flat(batch), atol=1e-5)
     assert not new.buffer[:24].any() and not new.buffer[32:].any()
     np.testing.assert_allclose(new.returns, jnp.where(after.ended, 0, 1 + after.reward), atol=1e-5)
@@ -706,13 +913,13 @@ def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
         dict(num_per_kernel=0, num_uniform=1),
         dict(learning_starts=400_000),
         dict(actor_batch_size=300),
-        dict(actor_batch_size=30),  # not a multiple of four critics
+        dict(actor_batch_size=31),  # not a multiple of two critics
         dict(num_critics=1),
         dict(pessimism=-0.1),
         dict(batch_size=200, buffer_size=100),
         dict(total_timesteps=2**31 - 1),
         dict(block_size=2**31),
-        dict(corpses_are_targets=1),
+        dict(raw_actions=1),
         dict(policy="beta"),
         dict(device="tpu"),
     ],
