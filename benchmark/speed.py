@@ -217,7 +217,7 @@ def measure_smax() -> None:
 
     @jax.jit
     def act(training, key):
-        return ddpl_smax_jax.act(training.learner, env, key, training.obs)
+        return ddpl_smax_jax.act(training.learner.policy, env, key, training.obs)
 
     @jax.jit
     def acting(training, key):
