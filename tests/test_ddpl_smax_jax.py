@@ -31,7 +31,9 @@ from benchmark import ddpl_smax_jax_diagnosis as smax_diagnosis
 from benchmark import ddpl_smax_jax_ippo as smax_ippo
 from ddpl_smax_jax import Args, make_env, train
 
-SMALL = dict(total_timesteps=384, num_envs=8, learning_starts=64, log_interval=32, checkpoint_interval=128)
+SMALL = dict(
+    total_timesteps=384, num_envs=8, steps_per_update=8, learning_starts=64, log_interval=32, checkpoint_interval=128
+)
 SMALL |= dict(eval_interval=128, eval_episodes=2, final_eval_episodes=3, critic_hidden=16, actor_hidden=8)
 SMALL |= dict(local_critic_hidden=8, batch_size=16, actor_batch_size=8, denoising_steps=3, buffer_size=200)
 ONE_STEP = SMALL | dict(log_interval=8)  # of every battle in a chunk
