@@ -708,6 +708,7 @@ def test_train_returns_and_files(two_seeds):
     assert [point.step for point in events.Scalars("losses/critic")] == list(range(96, 385, 32))
 
 
+@pytest.mark.slow
 def test_a_step_stores_what_happened(step_of_3m):
     """At the time limit too, where the stored next observations are the last ones of the old battles."""
     args = Args(**ONE_STEP)
@@ -737,6 +738,7 @@ def test_a_step_stores_what_happened(step_of_3m):
     np.testing.assert_allclose(metrics["returns/training"], (1 + after.reward)[1::2].mean(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_plays_to_the_time_limit():
     args = Args(**ONE_STEP)
     env = make_env(args)
@@ -861,6 +863,7 @@ def global_step(run_dir):
     return contents(run_dir)["progress"]["global_step"] if (run_dir / "checkpoint.safetensors").exists() else 0
 
 
+@pytest.mark.slow
 def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
     """With the last evaluation's random numbers it plays the last evaluation's battles."""
     films, drawn = [], []

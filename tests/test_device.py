@@ -141,6 +141,7 @@ class StopAtTheSecondEpisode(list):
         return self.asked > 4
 
 
+@pytest.mark.slow
 def test_a_compiled_run_resumes_bit_for_bit():
     options = SMALL | dict(compile=True, policy="gaussian")
     whole = checkpoint_of(ddpl_mpe.train(ddpl_mpe.Args(**options)))

@@ -114,6 +114,7 @@ def browser(site):
         browser.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1300, 390], ids=["desk", "phone"])
 def test_every_page_in_a_browser(site, browser, width):
     """No error on the console, no request that fails or leaves the site, no page wider than the screen; equations."""

@@ -225,6 +225,7 @@ def test_same_seed_same_run_and_other_seed_another(script, finished):
         assert not torch.equal(ours["data"][0][0], theirs["data"][0][0])  # other episodes, too
 
 
+@pytest.mark.slow
 @one_process_scripts  # not ddpl_isaaclab.py, which evaluates in the training's simulation
 def test_evaluation_does_not_disturb_training(script, finished):
     often = script.Args(**SCRIPTS[script] | log_and_evaluate_every(100, script))

@@ -386,6 +386,7 @@ def test_cartpole_is_learned():
     assert result["final_return"] > 150 and len(result["episodic_returns"]) == 10
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed():
     """With whatever draws random numbers: episodes, actions, averaged SGD; and with Adam's moments."""
     run = dict(horizon=50, total_trajectories=300, checkpoint_interval=20, eval_interval=200, final_eval_episodes=5)
