@@ -48,6 +48,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import datetime
+from importlib import import_module
 from importlib.metadata import version
 from inspect import formatannotation
 from pathlib import Path
@@ -77,7 +78,7 @@ class Task:
     """What is learned, and for how long."""
 
     task: str = "Isaac-Pendulum-MARL-Direct"
-    """A registered multi-agent task of Isaac Lab's direct workflow."""
+    """A registered multi-agent task of Isaac Lab's direct workflow; module:task imports a module that registers it."""
     num_envs: int = 256
     """Environments, in every process."""
     total_timesteps: int = 230_400
@@ -862,8 +863,14 @@ def make_config(args: Args, device: str) -> Any:
 
     known = [name for name in gym.registry if name.startswith("Isaac-")]
     choices = ", ".join(name for name in known if "MARL" in name or "Double-Pendulum" in name or "over-Direct" in name)
-    if args.task not in gym.registry:
-        raise RunError(f"--task: Isaac Lab knows no {args.task!r}; choose a multi-agent task, such as {choices}")
+    module, _, name = args.task.rpartition(":")
+    try:
+        if module:
+            import_module(module)
+    except ModuleNotFoundError as error:
+        raise RunError(f"--task: {error}; name a module that Python can import, or leave it out") from None
+    if name not in gym.registry:
+        raise RunError(f"--task: Isaac Lab knows no {name!r}; choose a multi-agent task, such as {choices}")
     config = parse_env_cfg(args.task, device=device, num_envs=args.num_envs)
     if not hasattr(config, "possible_agents"):
         raise RunError(f"--task: {args.task} has a single agent; choose a multi-agent task, such as {choices}")
@@ -1045,7 +1052,7 @@ def train(args: Args, given: Collection[str] = (), signals: Sequence[int] = ()) 
             if checkpoint:
                 progress = restore("--resume", run_dir, checkpoint, learner, buffer)
             elif rank() == 0:
-                run_dir = create_run(args, args.task)
+                run_dir = create_run(args, args.task.rpartition(":")[2])
                 held.enter_context(locked(run_dir))
         run_dir = everyones(run_dir)[0]
         return training_loop(args, run_dir, env, learner, buffer, progress, signals)
@@ -1407,8 +1414,10 @@ def stored_arguments(
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"
         if ours != theirs:
             raise RunError(f"{flag}: {path} ran with {option} {theirs}, not {ours}; drop {option}")
-    if "env_id" not in asked and ":" in str(stored.get("env_id")):  # gym.make would import what stands before the colon
-        raise RunError(f"{flag}: {path} names a module to import, {stored['env_id']}; to trust it, name it by --env-id")
+    for name in {"env_id", "task"} - asked:
+        if ":" in str(stored.get(name)):  # gym.make would import what stands before the colon
+            option = f"--{name.replace('_', '-')}"
+            raise RunError(f"{flag}: {path} names a module to import, {stored[name]}; to trust it, name it by {option}")
     return replace(args, **{name: value for name, value in stored.items() if name not in asked})
 
 

@@ -31,7 +31,7 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
 
-SCORES = {"smax": "win_rate", "isaaclab": "success_rate"}  # what a benchmark is judged by, if not by the return
+SCORES = {"smax": "win_rate", "isaaclab": "success_rate", "isaaclab_mappo": "success_rate"}  # what a benchmark is judged by, if not by the return
 
 
 def place(args: dict) -> tuple[str, str, str]:
@@ -42,7 +42,7 @@ def place(args: dict) -> tuple[str, str, str]:
         budget = "" if args["total_timesteps"] == 200_000 else f"_{args['total_timesteps']}_steps"
         return "smax", args["map_name"] + budget, args["policy"] + ("-raw" if args["raw_actions"] else "")
     if args["script"] == "ddpl_isaaclab":
-        return "isaaclab", args["task"], args["policy"]
+        return "isaaclab", args["task"].rpartition(":")[2], args["policy"]
     task = args["env_id"].replace("/", "-")
     if args["script"] == "ddpl_mpe":
         return "mpe", task + (f"_N{args['num_agents'] or 3}" if task == "simple_spread_v3" else ""), args["policy"]
@@ -150,20 +150,24 @@ def table_rows(task: Path) -> list[str]:
     return rows
 
 
-MAPPO = {"global_step": 307_000, "seconds": 156}  # skrl's, until success 0.99 on the same asset; one seed, an idle CPU
+def success_arms(task: Path) -> dict[str, tuple[Path, str]]:
+    """Folder and colour of every arm of an Isaac Lab task: ours and, where it was run, skrl's MAPPO."""
+    mappo = RESULTS / "isaaclab_mappo" / task.name
+    arms = {arm: (task, color) for arm, color in ARMS["isaaclab"].items()}
+    return arms | ({"mappo": (mappo, "gray")} if mappo.exists() else {})
 
 
 def plot_success(task: Path) -> None:
     """<task>.png: success of the deterministic policies against frames and against seconds, a line per seed."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), dpi=100, sharey=True)
-    for axes, (column, mappo) in zip(panels, MAPPO.items()):
-        for arm, color in ARMS["isaaclab"].items():
-            _, rates, *_ = load(task, arm, "deterministic")
-            tables = [csv.DictReader(open(path)) for path in sorted(task.glob(f"{arm}_*.csv"))]
+    for axes, column in zip(panels, ("global_step", "seconds")):
+        for arm, (folder, color) in success_arms(task).items():
+            _, rates, *_ = load(folder, arm, "deterministic")
+            tables = [csv.DictReader(open(path)) for path in sorted(folder.glob(f"{arm}_*.csv"))]
             when = np.array([[float(r[column]) for r in table if r["mode"] == "deterministic"] for table in tables])
+            label = f"{'skrl, MAPPO' if arm == 'mappo' else arm}, mean of {len(rates)} seeds"
             axes.plot(when.T, rates.T, color=color, linewidth=0.7, alpha=0.5)
-            axes.plot(when.mean(0), rates.mean(0), color=color, label=f"{arm}, mean of {len(rates)} seeds")
-        axes.plot(mappo, 0.99, "*", color="black", label="skrl's MAPPO reaches 0.99")
+            axes.plot(when.mean(0), rates.mean(0), color=color, label=label)
         axes.set(xlabel={"global_step": "frames", "seconds": "seconds"}[column], xlim=(0, None), ylim=(0, 1.05))
     panels[0].set(title=task.name, ylabel="success rate")
     panels[0].legend(loc="lower right")
@@ -173,22 +177,28 @@ def plot_success(task: Path) -> None:
 
 
 def success_rows(task: Path) -> list[str]:
-    """The rows of a page: final success of every seed with mean, interval and difference; frames until 0.99."""
+    """The rows of a page: final success of every seed with mean, interval and difference; frames until 0.99.
+
+    The difference is that of the two policies; MAPPO, whose budget is another, follows behind.
+    """
     rows, final = [], {}
-    for arm in ARMS["isaaclab"]:
+    for arm, (folder, _) in success_arms(task).items():
         for mode in ("deterministic", "stochastic"):
-            steps, rates, *_ = load(task, arm, mode)
+            steps, rates, *_ = load(folder, arm, mode)
             final[arm, mode] = rates[:, -1]
             frames = [f"{steps[curve >= 0.99][0] / 1000:.0f}k" if (curve >= 0.99).any() else "-" for curve in rates]
             low, high = interval(bootstrap(final[arm, mode]))
             mean = f"{final[arm, mode].mean():.3f} [{low:.3f}, {high:.3f}]"
             each = " ".join(f"{rate:.3f}" for rate in final[arm, mode])
             rows.append(f"| {arm}, {mode} | {mean} | {each} | {' '.join(frames)} |")
+    differences = []
     for mode in ("deterministic", "stochastic"):
         ours, theirs = (final[arm, mode] for arm in ARMS["isaaclab"])
         low, high = interval(bootstrap(ours) - np.random.default_rng(1).permutation(bootstrap(theirs)))
-        rows.append(f"| difference, {mode} | {ours.mean() - theirs.mean():+.3f} [{low:+.3f}, {high:+.3f}] | | |")
-    return rows
+        cell = f"{ours.mean() - theirs.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        differences.append(f"| difference, {mode} | {cell} | | |")
+    of_ours = 2 * len(ARMS["isaaclab"])
+    return rows[:of_ours] + differences + rows[of_ours:]
 
 
 def compared() -> dict[str, list[comparison.Task]]:
