@@ -31,7 +31,8 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
 
-SCORES = {"smax": "win_rate", "isaaclab": "success_rate", "isaaclab_mappo": "success_rate"}  # what a benchmark is judged by, if not by the return
+# What a benchmark is judged by, if not by the return
+SCORES = {"smax": "win_rate", "isaaclab": "success_rate", "isaaclab_mappo": "success_rate"}
 
 
 def place(args: dict) -> tuple[str, str, str]:

@@ -494,6 +494,48 @@ def test_evaluate_plays_the_pendulum(trained, pendulum, monkeypatch, capsys):
         assert float(line.split()[2]) > 2
 
 
+def look_at_the_arm(_rank):
+    """In a process of its own, which can open one simulation only."""
+    with make_env(Args(task="tests.three_links:Three-Links-MARL-Direct", num_envs=8, device="cpu")) as env:
+        assert env.agents == ["shoulder", "elbow", "wrist"] and env.action_mask().tolist() == [[1]] * 3
+        moves = torch.rand(10, 8, 3, 1) - 0.5
+        twice = []
+        for _ in range(2):
+            obs, state = env.reset(3)
+            twice.append(torch.stack([obs, *(env.step(move).next_obs for move in moves)]))
+        assert torch.equal(*twice) and obs.shape == (8, 3, 6) and state.shape == (8, 16)
+        assert (obs[:, ::2, 5] == 0).all()  # shoulder and wrist have one neighbour
+
+        env.reset(3)
+        arm, target = env.env.arm.data, env.env.target
+        tip = torch.tensor([0.0, -1.2])  # where the arm hangs
+        target[:4] = tip
+        target[4:] = tip + torch.tensor([0.0, 0.3])
+        for step in range(49):
+            after = env.step(torch.zeros(8, 3, 1))
+            assert after.ended.tolist() == [step == 48] * 8
+            if step == 40:
+                links = arm.body_link_pos_w.torch - env.env.scene.env_origins[:, None]
+                wrist, elbow = links[:, 3, 1:], links[:, 2, 1:]
+                angle = arm.joint_pos.torch.sum(1)
+                tips = wrist + 0.4 * torch.stack([angle.sin(), -angle.cos()], 1) - torch.tensor([0.0, 2.0])
+                torch.testing.assert_close(env.env.distance(), (tips - target).norm(dim=1), atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close((wrist - elbow).norm(dim=1), torch.full((8,), 0.4), atol=1e-3, rtol=0)
+        assert after.successes == 4 and not after.terminated.any()
+
+
+@real
+def test_an_arm_of_three_agents_from_a_module_of_its_own(monkeypatch):
+    """--task module:task. Shapes, repetition, kinematics, success and time limit of tests/three_links.py."""
+    monkeypatch.setenv("ISAACSIM_ASSET_ROOT", ASSETS)
+    mp.spawn(look_at_the_arm)
+
+
+def test_a_task_of_a_module_that_is_not_there(fake):
+    fake()
+    assert "--task: No module named 'nowhere'" in error_of(ddpl_isaaclab, **FAKE | dict(task="nowhere:Task"))
+
+
 # ---- bad input, and what stops a run
 
 
