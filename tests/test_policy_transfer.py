@@ -247,6 +247,16 @@ def test_learning_from_trajectories_alone():
     assert many < 0.1 and few > 3 * many
 
 
+def test_learning_explores_with_the_policy_it_has_learned(monkeypatch):
+    problem = system(seed=1, n=2)[0]._replace(R=np.array([[4.0]]))
+    P = riccati(problem)
+    simulate, spreads = script.simulate, []
+    monkeypatch.setattr(script, "simulate", lambda *args: spreads.append(args[2].item()) or simulate(*args))
+    script.model_free_ipo(problem, best_policy(problem, P)[0], 20_000, 0.01, np.random.default_rng(0))
+    best = best_policy(problem, P)[1].item()
+    assert spreads[0] == 0.05 and spreads[1:] == pytest.approx([best] * 3, rel=0.2) and best < 0.5 * 0.05
+
+
 # ---- transfer
 
 
@@ -520,6 +530,8 @@ def test_a_run_writes_its_files_and_repeats(capsys):
     for method in ("IPO", "natural gradient", "pendulum 1D", "pendulum 2D"):
         other = "uniform" if "pendulum" in method else "random start"
         assert found[f"{method}: steps from source", 0.001] < found[f"{method}: steps from {other}", 0.001]
+        value = {x: found[f"{method}: mean value", x] for x in (8, 16, math.inf)} if "pendulum" in method else None
+        assert value is None or value[math.inf] == pytest.approx(2 * value[16] - value[8])
     assert found["Riccati residual", 2] < 1e-13
     assert found["reverse SDE: |P cov - I| of its Riccati equation", script.HORIZON] < 1e-9
     quantities = {row["quantity"] for row in script.measure_transfer(TINY)}
