@@ -12,7 +12,7 @@ are unknown. It has no experiments, so what this script measures is new evidence
 1. Solve: V(x) = x'Px + c with P from the Riccati equation; the optimal policy is N(-Kx, temperature / 2 inv(R~)),
    where R~ = R + sum_j D_j'P D_j.
 2. Learn with the model: evaluate by a Lyapunov equation, improve by the Hamiltonian's minimiser (IPO).
-3. Learn without it: the same two steps by least-squares temporal differences on trajectories.
+3. Learn without it: the same two steps by least-squares temporal differences on the policy's trajectories.
 4. Transfer: start IPO at the policy that is optimal for another system, at relative distance eps.
 5. Transfer, non-linear: policy iteration for the exploratory HJB equation of a pendulum on a grid.
 6. Diffusion models: the reverse SDE is optimally controlled, and what it generates is stable in its data.
@@ -28,14 +28,14 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tyro
 from numpy import ndarray as Array
-from numpy.linalg import LinAlgError, cholesky, inv, norm, solve
+from numpy.linalg import LinAlgError, cholesky, inv, lstsq, norm, solve
+from numpy.random import Generator, default_rng
 from scipy.integrate import solve_ivp
 from scipy.linalg import solve_continuous_are
 from scipy.sparse import csr_array, diags_array
@@ -50,8 +50,6 @@ SCRIPT = Path(__file__).stem
 class Args:
     """Measure IPO and policy transfer on random linear systems, a pendulum and diffusion models."""
 
-    dimensions: tuple[int, ...] = (1, 2, 5, 10, 20)
-    """Sizes of the state on which IPO's rates are measured; controls are half as many."""
     noise: float = 0.2
     """Size of C and D beside A and B: the noise that grows with state and control."""
     discount: float = 0.2
@@ -62,16 +60,18 @@ class Args:
     """Random pairs of a source and a target."""
     num_repeats: int = 20
     """Random systems for each other experiment, each with its own start, trajectories or samples."""
-    grid_size: int = 160
-    """Points of the finest grid in each direction."""
+    grid_size: int = 40
+    """Points of the coarsest of three grids in each direction; the others have two and four times as many."""
     seed: int = 1
     """Seed of all experiments."""
 
 
+SIZES = (1, 2, 5, 10, 20)  # of the state, with half as many controls
+SIZE = 4  # where one size is shown
 EPS = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0])  # relative distances of source and target
-SIZE = 4  # of the state, where one size is shown
 HORIZON = 4.0  # time of the forward SDE
 STD = 0.3  # standard deviation of each of the mixture's modes
+COLUMNS = ("quantity", "x", "value", "low", "high", "count")  # of the CSV
 
 
 class RunError(Exception):
@@ -93,6 +93,11 @@ class LQR(NamedTuple):
     R: Array  # [m, m]
     discount: float
     temperature: float
+
+    @property
+    def F(self) -> Array:
+        """A - discount / 2 [n, n]: to discount a quadratic cost is to let the state decay faster."""
+        return self.A - self.discount / 2 * np.eye(len(self.A))
 
 
 def check_problem(problem: LQR) -> None:
@@ -121,17 +126,12 @@ def best_policy(problem: LQR, P: Array) -> tuple[Array, Array]:
     return solve(R, G), problem.temperature / 2 * inv(R)
 
 
-def discounted_drift(problem: LQR) -> Array:
-    """A - discount / 2 [n, n]: to discount a quadratic cost is to let the state decay faster."""
-    return problem.A - problem.discount / 2 * np.eye(len(problem.A))
-
-
 def riccati_rates(problem: LQR, P: Array) -> tuple[Array, float]:
     """-dP/dt [n, n] of the optimal value x'Px + c, which is 0 without horizon, and discount c - dc/dt."""
-    F, (R, G) = discounted_drift(problem), hamiltonian(problem, P)
-    noise = (problem.C.mT @ P @ problem.C).sum(0)
+    F, (R, G) = problem.F, hamiltonian(problem, P)
+    P_rate = problem.Q + F.T @ P + P @ F + (problem.C.mT @ P @ problem.C).sum(0) - G.T @ solve(R, G)
     free_energy = problem.temperature / 2 * (len(R) * math.log(math.pi * problem.temperature) - np.linalg.slogdet(R)[1])
-    return problem.Q + F.T @ P + P @ F + noise - G.T @ solve(R, G), np.trace(problem.S.T @ P @ problem.S) - free_energy
+    return P_rate, np.trace(problem.S.T @ P @ problem.S) - free_energy
 
 
 def riccati_flow(problem: LQR, terminal: Array, times: Array) -> tuple[Array, Array]:
@@ -153,14 +153,13 @@ def riccati(problem: LQR) -> Array:
     gain in a few rounds, from which Newton's method converges to rounding.
     """
     check_problem(problem)
-    F, n = discounted_drift(problem), len(problem.A)
-    CD, P = np.concatenate([problem.C, problem.D], 2), np.zeros_like(F)
+    CD, P, n = np.concatenate([problem.C, problem.D], 2), np.zeros_like(problem.A), len(problem.A)
     try:
         for _ in range(30):
             noise = (CD.mT @ P @ CD).sum(0)
             noise = (noise + noise.T) / 2
-            of_Q, of_R, mixed = noise[:n, :n], noise[n:, n:], noise[:n, n:]
-            P = solve_continuous_are(F, problem.B, problem.Q + of_Q, problem.R + of_R, s=mixed)
+            Q, R = problem.Q + noise[:n, :n], problem.R + noise[n:, n:]
+            P = solve_continuous_are(problem.F, problem.B, Q, R, s=noise[:n, n:])
             if stabilises(problem, best_policy(problem, P)[0]) or norm(P) > 1e10:
                 break
         for _ in range(50):
@@ -177,7 +176,7 @@ def riccati(problem: LQR) -> Array:
 
 def lyapunov_operator(problem: LQR, K: Array) -> Array:
     """The map P -> F'P + PF + sum_j E_j'PE_j as a matrix [n^2, n^2], for F and E_j of the loop that K closes."""
-    F, eye = discounted_drift(problem) - problem.B @ K, np.eye(len(problem.A))
+    F, eye = problem.F - problem.B @ K, np.eye(len(problem.A))
     E = (problem.C - problem.D @ K).mT
     left, right = np.stack([F.T, eye, *E]), np.stack([eye, F.T, *E])
     return np.einsum("jab,jcd->acbd", left, right).reshape(eye.size, eye.size)
@@ -262,80 +261,65 @@ def convergence(errors: Array, floor: float = 1e-13) -> tuple[float, float]:
 
 
 def simulate(
-    problem: LQR, K: Array, spread: Array, x: Array, step: float, num_steps: int, rng: np.random.Generator
-) -> tuple[Array, Array, Array]:
-    """States [M, T + 1, n], controls [M, T, m], costs per time [M, T] without entropy, from x [M, n] (Euler-Maruyama).
+    problem: LQR, K: Array, spread: Array, x: Array, offset: Array, step: float, num_steps: int, rng: Generator
+) -> tuple[Array, Array]:
+    """States [n, T + 1, M] and costs per time [T, M] without entropy, from x [n, M], by Euler-Maruyama.
 
-    A control is drawn from N(-Kx, spread [m, m]) and held for a step.
+    The policies are N(offset - Kx, spread [m, m]) with offset [m, M], and are averaged exactly: no control is drawn.
+    Their mean is in the drift, their second moment in the noise and in the cost.
     """
-    states, controls, root = [x], [], cholesky(spread)
+    states, costs = [x], []
+    constant = np.hstack([problem.S, *(problem.D @ cholesky(spread))])
     for _ in range(num_steps):
-        u = -x @ K.T + rng.normal(size=(len(x), len(K))) @ root.T
-        growing = x @ problem.C.mT + u @ problem.D.mT  # [J, M, n]
-        noise = (growing * rng.normal(size=(*growing.shape[:2], 1))).sum(0)
-        noise += rng.normal(size=(len(x), problem.S.shape[1])) @ problem.S.T
-        x = x + (x @ problem.A.T + u @ problem.B.T) * step + noise * math.sqrt(step)
+        u = offset - K @ x
+        growing = problem.C @ x + problem.D @ u  # [J, n, M]
+        noise = (growing * rng.normal(size=(len(growing), 1, x.shape[1]))).sum(0)
+        noise += constant @ rng.normal(size=(constant.shape[1], x.shape[1]))
+        costs.append((x * (problem.Q @ x)).sum(0) + (u * (problem.R @ u)).sum(0) + np.trace(problem.R @ spread))
+        x = x + (problem.A @ x + problem.B @ u) * step + noise * math.sqrt(step)
         states.append(x)
-        controls.append(u)
-    x, u = np.stack(states, 1), np.stack(controls, 1)
-    return x, u, np.einsum("...i,ij,...j", x[:, :-1], problem.Q, x[:, :-1]) + np.einsum("...i,ij,...j", u, problem.R, u)
+    return np.stack(states, 1), np.stack(costs)
 
 
-def squares(x: Array) -> Array:
-    """Products [..., n (n + 1) / 2] whose inner product with P's upper triangle is x'Px."""
-    i, j = np.triu_indices(x.shape[-1])
-    return x[..., i] * x[..., j] * np.where(i == j, 1, 2)
+def temporal_differences(
+    states: Array, costs: Array, offset: Array, K: Array, discount: float, step: float
+) -> tuple[Array, Array, Array]:
+    """P [n, n] of the policy with mean -Kx, the gain [m, n] that improves it, and R~ [m, m], from simulate's output.
 
+    With V(x) = x'Px + c and q(x, w) = w'R~w + 2 w'(G - R~K)x, the Hamiltonian at w - Kx less that at -Kx,
 
-def symmetric(upper: Array) -> Array:
-    """The symmetric matrix [n, n] with this upper triangle [n (n + 1) / 2]."""
-    n = math.isqrt(2 * len(upper))
-    matrix = np.zeros((n, n))
-    matrix[np.triu_indices(n)] = upper
-    return matrix + np.triu(matrix, 1).T
+        V(x) - exp(-discount step) V(x_next) + step q(x, offset) = step cost + constant
 
-
-def trajectory_moments(states: Array, controls: Array, costs: Array) -> Array:
-    """All that temporal_differences needs of the trajectories of simulate, whatever policy drew their controls.
-
-    Means of the instruments, squares of (x, u) and 1, times: squares of x, squares of x_next, the instruments, costs.
+    up to the step's error and a martingale, which averages out against the products of x and offset: least squares.
     """
-    x, x_next, u = (z.reshape(-1, z.shape[-1]) for z in (states[:, :-1], states[:, 1:], controls))
-    instruments = np.hstack([squares(np.hstack([x, u])), np.ones((len(x), 1))])
-    return instruments.T @ np.hstack([squares(x), squares(x_next), instruments, costs.reshape(-1, 1)]) / len(x)
+    n = len(states)
+    x, x_next = (z.reshape(n, -1) for z in (states[:, :-1], states[:, 1:]))
+    z = np.vstack([x, np.tile(offset, len(costs))])
+    products = z[:, None] * z  # [n + m, n + m, T M]
+    changes = step * products
+    changes[:n, :n] = products[:n, :n] - math.exp(-discount * step) * x_next[:, None] * x_next
+    one = np.ones((1, z.shape[1]))
+    known = np.vstack([*products, one])
+    equations, target = known @ np.vstack([*changes, one]).T, known @ (step * costs.ravel())
+    form = lstsq(equations, target, rcond=1e-10)[0][:-1].reshape(len(z), -1)  # of least norm, so it is symmetric
+    return form[:n, :n], K + solve(form[n:, n:], form[n:, :n]), form[n:, n:]
 
 
-def temporal_differences(moments: Array, K: Array, discount: float, step: float) -> tuple[Array, Array]:
-    """P [n, n] of the policy with mean -Kx, and the gain [m, n] that improves it, from trajectories alone.
+def model_free_ipo(problem: LQR, K: Array, num_trajectories: int, step: float, rng: Generator) -> Array:
+    """The gain [m, n] after four rounds, each on trajectories of its own policy over eight steps.
 
-    With V(x) = x'Px + c, and q(x, u) = u'R~u + 2u'Gx + x'Yx, the Hamiltonian at u less that at -Kx, any control obeys
-
-        V(x) - exp(-discount step) V(x_next) + step q(x, u) = step cost(x, u)    and    q(x, -Kx) = 0
-
-    up to the step's error and a martingale, which averages out against instruments that are known before the step.
-    The policy's spread changes c alone, by its exact average tr(R~ spread) - temperature entropy: it is not needed.
+    The average over a policy hides what a control does, so each trajectory shifts its policy by an offset. The gain is
+    NaN where a learned R~ is not positive definite, since the trajectories are too few.
     """
-    n = K.shape[1]
-    i, j = np.triu_indices(n)
-    now, later, at_xu, cost = np.split(moments, [len(i), 2 * len(i), -1], axis=1)
-    points = np.eye(n)[i] + np.eye(n)[j]  # a quadratic form that is 0 at all of them is 0
-    along = np.hstack([np.zeros((len(i), len(i))), squares(np.hstack([points, -points @ K.T])), np.zeros((len(i), 1))])
-    equations = np.vstack([np.hstack([now - math.exp(-discount * step) * later, step * at_xu]), along])
-    solved = solve(equations, np.append(step * cost, np.zeros(len(i))))
-    q = symmetric(solved[len(i) : -1])
-    return symmetric(solved[: len(i)]), solve(q[n:, n:], q[n:, :n])
-
-
-def model_free_ipo(problem: LQR, K: Array, num_trajectories: int, step: float, rng: np.random.Generator) -> Array:
-    """The gain [m, n] after five rounds on one set of trajectories of length 1; the problem only simulates them.
-
-    All are drawn with the first gain and a spread of 3, which is wide, so that the controls' effects are seen.
-    """
-    x = rng.normal(size=(num_trajectories, K.shape[1]))
-    data = simulate(problem, K, 9 * np.eye(len(K)), x, step, round(1 / step), rng)
-    moments = trajectory_moments(*data)
-    for _ in range(5):
-        K = temporal_differences(moments, K, problem.discount, step)[1]
+    spread = problem.temperature / 2 * np.eye(len(K))
+    for _ in range(4):
+        x = rng.normal(size=(K.shape[1], num_trajectories))
+        offset = 2 * rng.normal(size=(len(K), num_trajectories))
+        states, costs = simulate(problem, K, spread, x, offset, step, 8, rng)
+        _, K, R = temporal_differences(states, costs, offset, K, problem.discount, step)
+        if not np.linalg.eigvalsh(R)[0] > 0:
+            return np.full_like(K, math.nan)
+        spread = problem.temperature / 2 * inv(R)
     return K
 
 
@@ -351,7 +335,7 @@ def euler_limit(problem: LQR, step: float) -> LQR:
 # --------------------------------------------------------------------------------- 4. random systems and neighbours
 
 
-def random_system(args: Args, n: int, rng: np.random.Generator, step: float | None = None) -> tuple[LQR, Array]:
+def random_system(args: Args, n: int, rng: Generator, step: float | None = None) -> tuple[LQR, Array]:
     """A random system with n states, most with an unstable mode, and its P [n, n]; with stabilising controls.
 
     They stabilise its Euler trajectories too, if there is a step. Raises RunError after 100 systems without them.
@@ -370,7 +354,7 @@ def random_system(args: Args, n: int, rng: np.random.Generator, step: float | No
     raise RunError(f"--noise: {args.noise} is not valid; it must be smaller, since no control stabilised 100 systems")
 
 
-def random_start(problem: LQR, K: Array, rng: np.random.Generator, distance: float = 10.0) -> Array:
+def random_start(problem: LQR, K: Array, rng: Generator, distance: float = 10.0) -> Array:
     """The first stabilising gain [m, n] at distance, distance / 2, distance / 4, ... |K| from K in a direction."""
     direction = distance * norm(K) * unit(rng.normal(size=K.shape))
     while not stabilises(problem, K + direction):
@@ -383,7 +367,7 @@ def unit(direction: Array) -> Array:
     return direction / norm(direction)
 
 
-def neighbour(problem: LQR, eps: float, rng: np.random.Generator) -> LQR:
+def neighbour(problem: LQR, eps: float, rng: Generator) -> LQR:
     """A system whose A, B, C, D, and the roots of Q and R, each lie at relative distance eps in a random direction."""
     roots = [*problem[:4], cholesky(problem.Q), cholesky(problem.R)]
     A, B, C, D, Q, R = (X + eps * norm(X) * unit(rng.normal(size=X.shape)) for X in roots)
@@ -417,10 +401,11 @@ def pendulum(size: int, gravity: float, args: Args, inertia: bool = True) -> Cha
     push = gravity * np.sin(angle) - speed / 2 + torque  # [S, A]
     index = np.arange(len(angle)).reshape(size, -1)
     around = [np.roll(index, -1, 0), np.roll(index, 1, 0)]
-    directions = [(speed + 0 * torque, 0.0, angles[1]) if inertia else (push, 0.5, angles[1])]
+    directions = [(push, 0.5, angles[1])]  # drift, size of the noise, width of a cell
     if inertia:
-        around += [np.hstack([index[:, 1:], index[:, -1:]]), np.hstack([index[:, :1], index[:, :-1]])]  # reflecting
-        directions.append((push, 0.5, 8 / size))
+        ends = np.pad(index, ((0, 0), (1, 1)), mode="edge")  # reflecting
+        around += [ends[:, 2:], ends[:, :-2]]
+        directions = [(speed + 0 * torque, 0.0, angles[1]), (push, 0.5, 8 / size)]
     rates = [noise**2 / 2 / h**2 + np.maximum(sign * b, 0) / h for b, noise, h in directions for sign in (1, -1)]
     costs = 1 - np.cos(angle) + 0.1 * speed**2 + 0.1 * torque**2
     neighbours = np.stack([z.ravel() for z in around], 1)
@@ -477,7 +462,7 @@ def generated_covariance(cov: Array, horizon: float) -> Array:
     return cov + transition @ (np.eye(len(cov)) - v) @ transition.T
 
 
-def generate(score: Callable, size: tuple[int, ...], rng: np.random.Generator, num_steps: int = 100) -> Array:
+def generate(score: Callable, size: tuple[int, ...], rng: Generator, num_steps: int = 100) -> Array:
     """Samples of this size from N(0, I) by the reverse SDE over HORIZON, by Euler-Maruyama; score(x, t) is the data's
     after time t."""
     x, h = rng.normal(size=size), HORIZON / num_steps
@@ -506,46 +491,41 @@ def gaussian_distance(cov: Array, other: Array) -> float:
     return math.sqrt(max(np.trace(cov + other) - 2 * overlap, 0))
 
 
-def sample_distance(x: Array, y: Array) -> float:
-    """W2 of two samples [M] of numbers: sorted, each moves to its partner."""
-    return math.sqrt(np.mean((np.sort(x) - np.sort(y)) ** 2))
-
-
 # ------------------------------------------------------------------------------------------------------ experiments
 
 
-def curve(quantity: str, xs: Array, values: Array, slope: tuple[float, float] | None = None) -> list[dict]:
+def curve(quantity: str, xs: Array, values: Array, below: float = 0.0) -> list[dict]:
     """Lines of the CSV for values [S, X]: median and 10 % and 90 % quantiles of the finite ones, and their number.
 
-    One line more has the slope in log scale over the xs within the bounds `slope`, of the geometric means over S of
-    what is above 0 at all of them, with a 95 % bootstrap interval, which is NaN where that is one row or none.
+    One line more, if an x is under `below`, has the slope in log scale over those xs, of the geometric means over S
+    of what is above 0 at all of them, with a 95 % bootstrap interval, which is NaN where that is one row or none.
     """
-    rows = []
-    for x, column in zip(xs, np.asarray(values, dtype=float).T):
+    xs, values, rows = np.asarray(xs), np.asarray(values, dtype=float), []
+    for x, column in zip(xs, values.T):
         finite = column[np.isfinite(column)]
         low, median, high = np.quantile(finite, [0.1, 0.5, 0.9]) if len(finite) else [math.nan] * 3
-        rows.append({"quantity": quantity, "x": x, "value": median, "low": low, "high": high, "count": len(finite)})
-    if slope:
-        inside = (xs >= slope[0]) & (xs <= slope[1])
+        rows.append(dict(zip(COLUMNS, (quantity, x, median, low, high, len(finite)))))
+    inside = xs < below
+    if inside.any():
         values = values[(values[:, inside] > 0).all(1)][:, inside]
 
         def fit(samples: Array, axis: int) -> Array:
             return np.polyfit(np.log(xs[inside]), np.log(samples).mean(axis).T, 1)[0]
 
+        slope = fit(values, 0) if len(values) else math.nan
         low, high = interval(values, fit) if len(values) > 1 else (math.nan, math.nan)
-        found = {"value": fit(values, 0) if len(values) else math.nan, "low": low, "high": high, "count": len(values)}
-        rows.append({"quantity": quantity, "x": "slope"} | found)
+        rows.append(dict(zip(COLUMNS, (quantity, "slope", slope, low, high, len(values)))))
     return rows
 
 
 def measure_learning(args: Args) -> list[dict]:
     """Parts 1 and 2: Riccati solutions; order and rate of IPO for every size, beside gradient methods for one."""
-    rng = np.random.default_rng([args.seed, 2])
+    rng = default_rng([args.seed, 2])
     times, steps = np.array([1.0, 2.0, 4.0, 8.0]), (ipo_step, natural_gradient_step, gradient_step)
-    found = np.zeros((4, args.num_repeats, len(args.dimensions)))
+    found = np.zeros((4, args.num_repeats, len(SIZES)))
     distances, curves = np.zeros((args.num_repeats, len(times))), np.zeros((3, args.num_repeats, 300))
     for repeat in range(args.num_repeats):
-        for i, n in enumerate(args.dimensions):
+        for i, n in enumerate(SIZES):
             problem, P = random_system(args, n, rng)
             start = random_start(problem, best_policy(problem, P)[0], rng)
             errors = policy_iteration(problem, start, P, ipo_step, 1e-14, 15)
@@ -558,7 +538,7 @@ def measure_learning(args: Args) -> list[dict]:
             errors = policy_iteration(problem, start, P, step, 1e-14, 300)
             curves[j, repeat] = np.pad(errors, (0, 300 - len(errors)), mode="edge")
     names = ("Riccati residual", "IPO: order of convergence", "IPO: largest error ratio", "IPO: steps to 1e-10")
-    rows = [row for name, values in zip(names, found) for row in curve(name, args.dimensions, values)]
+    rows = [row for name, values in zip(names, found) for row in curve(name, SIZES, values)]
     rows += curve("Riccati: distance of a finite horizon", times, distances)
     for step, errors in zip(steps, curves):
         arrived = np.where(errors[:, -1] <= 1e-10, (errors > 1e-10).sum(1), np.nan)
@@ -569,26 +549,25 @@ def measure_learning(args: Args) -> list[dict]:
 
 def measure_model_free(args: Args) -> list[dict]:
     """Part 3: the model-free gain's distance from its limit over trajectories, and from the optimum over the step."""
-    counts, steps = 2 ** np.arange(7, 17, 2), np.array([0.2, 0.1, 0.05])
-    of_counts, (of_steps, exact) = (
-        np.zeros((args.num_repeats, len(counts))),
-        np.zeros((2, args.num_repeats, len(steps))),
-    )
+    counts, steps = 2 ** np.arange(9, 15), np.array([0.4, 0.2, 0.1])
+    of_counts = np.zeros((args.num_repeats, len(counts)))
+    of_steps, exact = np.zeros((2, args.num_repeats, len(steps)))
     for repeat in range(args.num_repeats):
-        rng = np.random.default_rng([args.seed, 3, repeat])
+        rng = default_rng([args.seed, 3, repeat])
         problem, P = random_system(args, 2, rng, steps[0])
         best = best_policy(problem, P)[0]
         limits = [best_policy(limit, riccati(limit))[0] for limit in (euler_limit(problem, step) for step in steps)]
+        exact[repeat] = norm(np.array(limits) - best, axis=(1, 2)) / norm(best)
         start = random_start(euler_limit(problem, steps[0]), limits[0], rng, distance=0.5)
         for i, count in enumerate(counts):
             K = model_free_ipo(problem, start, count, steps[1], rng)
             of_counts[repeat, i] = norm(K - limits[1]) / norm(limits[1])
         for i, step in enumerate(steps):
             K = model_free_ipo(problem, start, counts[-1], step, rng)
-            of_steps[repeat, i], exact[repeat, i] = norm(K - best) / norm(best), norm(limits[i] - best) / norm(best)
-    rows = curve("model-free: error over trajectories", counts, of_counts, (200, math.inf))
-    rows += curve("model-free: error over the step", steps, of_steps, (0, 1))
-    return rows + curve("model-free: endless trajectories", steps, exact, (0, 1))
+            of_steps[repeat, i] = norm(K - best) / norm(best)
+    rows = curve("model-free: error over trajectories", counts, of_counts, math.inf)
+    rows += curve("model-free: error over the step", steps, of_steps, math.inf)
+    return rows + curve("model-free: endless trajectories", steps, exact, math.inf)
 
 
 def measure_transfer(args: Args) -> list[dict]:
@@ -596,11 +575,10 @@ def measure_transfer(args: Args) -> list[dict]:
     gaps, costs, stable = np.full((3, args.num_pairs, len(EPS)), np.nan)
     counts = np.full((2, 2, args.num_pairs, len(EPS)), np.nan)
     for pair in range(args.num_pairs):
-        rng = np.random.default_rng([args.seed, 4, pair])
-        source, P_source = random_system(args, SIZE, rng)
-        K = best_policy(source, P_source)[0]
+        source, P = random_system(args, SIZE, default_rng([args.seed, 4, pair]))
+        K = best_policy(source, P)[0]
         for i, eps in enumerate(EPS):
-            rng = np.random.default_rng([args.seed, 5, pair])  # so that the direction is the same for every eps
+            rng = default_rng([args.seed, 5, pair])  # so that the direction is the same for every eps
             target = neighbour(source, eps, rng)
             try:
                 P = riccati(target)
@@ -615,13 +593,13 @@ def measure_transfer(args: Args) -> list[dict]:
             for k, start in enumerate([K, random_start(target, best, rng)]):
                 for j, step in enumerate((ipo_step, natural_gradient_step) if k or stable[pair, i] else ()):
                     counts[j, k, pair, i] = len(policy_iteration(target, start, P, step, 1e-10, 100)) - 1
-    rows = curve("transfer: gap of the gains", EPS, gaps, (0, 0.05))
-    rows += curve("transfer: relative excess cost of the source", EPS, costs, (0, 0.05))
+    rows = curve("transfer: gap of the gains", EPS, gaps, 0.05)
+    rows += curve("transfer: relative excess cost of the source", EPS, costs, 0.05)
     for eps, column in zip(EPS, stable.T):
         wins, tries = int(np.nansum(column)), int(np.isfinite(column).sum())
         low, high = binomtest(wins, tries).proportion_ci(method="wilson") if tries else (math.nan, math.nan)
-        found = {"value": wins / max(tries, 1), "low": low, "high": high, "count": tries}
-        rows.append({"quantity": "transfer: source stabilises the target", "x": eps} | found)
+        name = "transfer: source stabilises the target"
+        rows.append(dict(zip(COLUMNS, (name, eps, wins / max(tries, 1), low, high, tries))))
     for j, k in np.ndindex(2, 2):
         name = f"{('IPO', 'natural gradient')[j]}: steps from {('source', 'random start')[k]}"
         rows += curve(name, EPS, counts[j, k])
@@ -629,21 +607,24 @@ def measure_transfer(args: Args) -> list[dict]:
 
 
 def measure_pendulum(args: Args) -> list[dict]:
-    """Part 5: refinement of the grid; policy iteration from the source's policy and from the uniform one."""
-    rows, sizes = [], [args.grid_size // 4, args.grid_size // 2, args.grid_size]
+    """Part 5: three grids and their limit; policy iteration from the source's policy and from the uniform one."""
+    rows, sizes = [], [args.grid_size, 2 * args.grid_size, 4 * args.grid_size]
     for name, inertia in (("pendulum 1D", False), ("pendulum 2D", True)):
-        values = [grid_iteration(pendulum(size, 1.0, args, inertia))[-1].reshape(size, -1) for size in sizes]
-        coarse, middle, fine = (value[:: 2**i, :: 2**i] for i, value in enumerate(values))
-        changes = np.array([[np.abs(coarse - middle).max(), np.abs(middle - fine).max()]]) / np.abs(fine).max()
-        rows += curve(f"{name}: change of the value by refinement", sizes[1:], changes)
+        fields = [grid_iteration(pendulum(size, 1.0, args, inertia))[-1].reshape(size, -1) for size in sizes]
+        values = np.array([field[:: 2**i, :: 2**i] for i, field in enumerate(fields)])  # at the same states
+        limit = 2 * values[2] - values[1]  # Richardson's, since the error of an upwind scheme is linear in the cells
+        rows += curve(f"{name}: mean value", [*sizes, math.inf], [[*values.mean((1, 2)), limit.mean()]])
+        changes = np.abs(np.diff(values, axis=0))
+        rows += curve(f"{name}: mean change of the value", sizes[1:], [changes.mean((1, 2))], math.inf)
+        rows += curve(f"{name}: largest change of the value", sizes[1:], [changes.max((1, 2))], math.inf)
         source = pendulum(sizes[1], 1.0, args, inertia)
         policy = grid_policy(source, grid_iteration(source)[-1])
         for start, kind in ((policy, "source"), (None, "uniform")):
             runs = [grid_iteration(pendulum(sizes[1], 1 + eps, args, inertia), start) for eps in EPS]
             gaps = [np.abs(run - run[-1]).max(1) / np.abs(run[-1]).max() for run in runs]
-            costs = np.array([[(run[0] - run[-1]).mean() for run in runs]])
+            costs = [(run[0] - run[-1]).mean() for run in runs]
             rows += curve(f"{name}: steps from {kind}", EPS, [[(gap > 1e-10).sum() for gap in gaps]])
-            rows += curve(f"{name}: cost of the {kind} policy", EPS, costs, (0, 0.05) if kind == "source" else None)
+            rows += curve(f"{name}: cost of the {kind} policy", EPS, [costs], 0.05 if start is policy else 0)
     return rows
 
 
@@ -652,36 +633,37 @@ def measure_diffusion(args: Args) -> list[dict]:
     near, times = EPS[EPS < 0.5], HORIZON / 4 * np.arange(1, 5)
     data, exact = np.zeros((2, args.num_pairs, len(near)))
     sampled, residuals = np.zeros((args.num_repeats, len(near))), np.zeros((args.num_repeats, len(times)))
-    for pair, (i, eps) in product(range(args.num_pairs), enumerate(near)):
-        rng = np.random.default_rng([args.seed, 6, pair])  # so that the direction is the same for every eps
-        factor, direction = rng.normal(size=(2, 2, 2))
-        covs = [F @ F.T + 0.05 * np.eye(2) for F in (factor, factor + eps * norm(factor) * unit(direction))]
-        data[pair, i] = gaussian_distance(*covs)
-        exact[pair, i] = gaussian_distance(*(generated_covariance(cov, HORIZON) for cov in covs))
+    for pair in range(args.num_pairs):
+        factor, direction = default_rng([args.seed, 6, pair]).normal(size=(2, 2, 2))
+        factors = [factor, *(factor + eps * norm(factor) * unit(direction) for eps in near)]
+        covs = [F @ F.T + 0.05 * np.eye(2) for F in factors]
+        made = [generated_covariance(cov, HORIZON) for cov in covs]
+        data[pair] = [gaussian_distance(covs[0], cov) for cov in covs[1:]]
+        exact[pair] = [gaussian_distance(made[0], cov) for cov in made[1:]]
         if pair < args.num_repeats:
-            drawn = []
-            for cov in covs:
-                score = lambda x, t, cov=cov: -x @ inv(diffused(cov, t))  # noqa: E731
-                drawn.append(generate(score, (2_000, 2), np.random.default_rng([args.seed, 7, pair])))
-            sampled[pair, i] = gaussian_distance(*(np.cov(x.T) for x in drawn))
-            flow = riccati_flow(reverse_problem(2), inv(covs[1]), times)[0]
-            residuals[pair] = [norm(P @ diffused(covs[1], t) - np.eye(2)) for P, t in zip(flow, times)]
+            scores = [lambda x, t, cov=cov: -x @ inv(diffused(cov, t)) for cov in covs]
+            drawn = [generate(score, (2_000, 2), default_rng([args.seed, 7, pair])) for score in scores]
+            sampled[pair] = [gaussian_distance(np.cov(drawn[0].T), np.cov(x.T)) for x in drawn[1:]]
+            flow = riccati_flow(reverse_problem(2), inv(covs[-1]), times)[0]
+            residuals[pair] = [norm(P @ diffused(covs[-1], t) - np.eye(2)) for P, t in zip(flow, times)]
     rows = curve("reverse SDE: |P cov - I| of its Riccati equation", times, residuals)
     rows += curve("W2 generated / W2 data: Gaussian", near, exact / data)
-    found = {"Gaussian, data": data, "Gaussian, generated": exact, "Gaussian, generated, samples": sampled}
+    rows += curve("W2: Gaussian, data", near, data, 1)
+    rows += curve("W2: Gaussian, generated", near, exact, 1)
+    rows += curve("W2: Gaussian, generated, samples", near, sampled, 1)
 
-    def samples(repeat: int, mixture: tuple[float, float]) -> Array:
-        rng = np.random.default_rng([args.seed, 8, repeat])
-        return generate(lambda x, t: mixture_score(x, t, *mixture), (5_000,), rng)
-
-    base = 1.0, 0.5
-    for kind, moved in (("centre", [(1 + eps, 0.5) for eps in near]), ("chance", [(1.0, 0.5 + eps) for eps in near])):
-        quantiles = [mixture_quantiles(100_000, *mixture) for mixture in (base, *moved)]
-        found[f"mixture, {kind} moved, data"] = np.array([[sample_distance(quantiles[0], q) for q in quantiles[1:]]])
-        drawn = [[samples(repeat, mixture) for mixture in (base, *moved)] for repeat in range(args.num_repeats)]
-        distances = [[sample_distance(x, moved_x) for moved_x in others] for x, *others in drawn]
-        found[f"mixture, {kind} moved, generated"] = np.array(distances)
-    return rows + [row for name, values in found.items() for row in curve(f"W2: {name}", near, values, (0, 1))]
+    mixtures = [(1.0, 0.5), *((1 + eps, 0.5) for eps in near), *((1.0, 0.5 + eps) for eps in near)]
+    scores = [lambda x, t, mixture=mixture: mixture_score(x, t, *mixture) for mixture in mixtures]
+    quantiles = [mixture_quantiles(100_000, *mixture) for mixture in mixtures]
+    drawn = []
+    for repeat in range(args.num_repeats):
+        drawn.append([np.sort(generate(score, (5_000,), default_rng([args.seed, 8, repeat]))) for score in scores])
+    for kind, laws in (("data", [quantiles]), ("generated", drawn)):
+        distances = [[math.sqrt(np.mean((first - other) ** 2)) for other in others] for first, *others in laws]
+        of_centre, of_chance = np.split(np.array(distances), 2, axis=1)
+        rows += curve(f"W2: mixture, centre moved, {kind}", near, of_centre, 1)
+        rows += curve(f"W2: mixture, chance moved, {kind}", near, of_chance, 1)
+    return rows
 
 
 def run(args: Args) -> dict:
@@ -707,25 +689,24 @@ train = run  # as the other scripts call it
 # ------------------------------------------------------------------------------------------------- files of a run
 
 
-def require(args: Args, name: str, valid: bool, choices: str) -> None:
-    """Raise RunError, naming the argument and what it must be, unless it is valid."""
-    if not valid:
-        raise RunError(f"--{name.replace('_', '-')}: {getattr(args, name)!r} is not valid; it must be {choices}")
+LIMITS = {
+    "noise": (0.0, 100.0),
+    "discount": (0.001, 100.0),
+    "temperature": (0.01, 100.0),
+    "num_pairs": (2, 10_000),
+    "num_repeats": (2, 10_000),
+    "grid_size": (4, 64),
+    "seed": (0, 2**32 - 1),
+}
 
 
 def check_args(args: Args) -> None:
-    """Raise RunError for the first argument that makes no sense."""
-    sizes = args.dimensions
-    valid = isinstance(sizes, tuple) and all(type(n) is int and 1 <= n <= 20 for n in sizes)
-    require(args, "dimensions", valid and 0 < len(set(sizes)) == len(sizes), "whole numbers from 1 to 20, named once")
-    for name, low, high in (("num_pairs", 2, 10_000), ("num_repeats", 2, 10_000), ("seed", 0, 2**32 - 1)):
-        valid = type(getattr(args, name)) is int and low <= getattr(args, name) <= high
-        require(args, name, valid, f"a whole number from {low} to {high}")
-    for name, low, high in (("noise", 0, 100), ("discount", 0.001, 100), ("temperature", 0.01, 100)):
-        valid = type(getattr(args, name)) in (int, float) and low <= getattr(args, name) <= high
-        require(args, name, valid, f"a number from {low} to {high}")
-    valid = type(args.grid_size) is int and args.grid_size in range(16, 257, 4)
-    require(args, "grid_size", valid, "a multiple of 4 from 16 to 256")
+    """Raise RunError, naming the argument and what it must be, for the first that is not within its limits."""
+    for name, (low, high) in LIMITS.items():
+        value, whole = getattr(args, name), isinstance(low, int)
+        if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
+            valid = f"a {'whole ' * whole}number from {low} to {high}"
+            raise RunError(f"--{name.replace('_', '-')}: {value!r} is not valid; it must be {valid}")
 
 
 def interval(values: np.ndarray, statistic: Callable = np.mean, repeats: int = 2000) -> np.ndarray:
@@ -743,43 +724,27 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     os.replace(f"{path}.tmp", path)
 
 
+PANELS = (  # what the names of the quantities have in them; scales and labels of x and y
+    ("_step: error", "symlog", "log", "step", "|P - P*| / |P*|"),
+    ("model-free", "log", "log", "step, or number of trajectories", "|K - K*| / |K*|"),
+    ("steps from", "log", "log", "distance of source and target", "steps to 1e-10"),
+    ("W2: ", "log", "log", "change of the data's law", "W2"),
+)
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Four panels: learning with the model and without it, transfer, diffusion models."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7.5), dpi=100, layout="tight")
-    learning, model_free, transfer, diffusion = figure.subplots(2, 2).flat
-
-    def line(axis: Any, quantity: str, label: str, color: str, **style: Any) -> None:
-        ours = [row for row in rows if row["quantity"] == quantity and row["x"] != "slope" and row["count"]]
-        x, middle, low, high = (np.array([row[key] for row in ours]) for key in ("x", "value", "low", "high"))
-        axis.plot(x, middle, label=label, color=color, **{"marker": "o", "markersize": 3} | style)
-        axis.fill_between(x, low, high, alpha=0.15, color=color, linewidth=0)
-
-    for name, color in (("ipo", "tab:blue"), ("natural_gradient", "tab:orange"), ("gradient", "tab:green")):
-        line(learning, f"{name}_step: error", name.replace("_", " ").replace("ipo", "IPO"), color, marker="")
-    learning.set(xscale="symlog", yscale="log", xlabel="step", ylabel="|P - P*| / |P*|", ylim=(1e-15, None))
-    line(model_free, "model-free: error over trajectories", "over trajectories, from the limit", "tab:blue")
-    model_free.set(xscale="log", yscale="log", xlabel="trajectories", ylabel="|K - K*| / |K*|")
-    steps = model_free.twiny()
-    line(steps, "model-free: error over the step", "over the step, from the optimum", "tab:orange")
-    line(steps, "model-free: endless trajectories", "the same, limit", "black", linestyle=":")
-    steps.set(xscale="log", xlabel="step")
-    steps.legend(fontsize=8, loc="lower right")
-    for name, other, color in (("IPO", "random start", "tab:blue"), ("pendulum 2D", "uniform", "tab:orange")):
-        line(transfer, f"{name}: steps from source", f"{name}, from the source's policy", color)
-        line(transfer, f"{name}: steps from {other}", f"{name}, {other}", color, linestyle="--")
-    transfer.set(xscale="log", xlabel="distance of source and target", ylabel="steps to 1e-10", ylim=(0, 12))
-    share = transfer.twinx()
-    line(share, "transfer: source stabilises the target", "", "black", linestyle=":")
-    share.set(ylim=(0, 1.5), yticks=[0, 0.5, 1], ylabel="share of stabilised targets (dotted)")
-    kinds = ("Gaussian", "mixture, centre moved", "mixture, chance moved")
-    for name, color in zip(kinds, ("tab:blue", "tab:orange", "tab:green")):
-        line(diffusion, f"W2: {name}, generated", f"{name}, generated", color)
-        line(diffusion, f"W2: {name}, data", f"{name}, data", color, linestyle=":", marker="")
-    diffusion.set(xscale="log", yscale="log", xlabel="change of the data's law", ylabel="W2")
-    for axis in (learning, model_free, transfer, diffusion):
-        axis.legend(fontsize=8, loc={learning: "lower left", diffusion: "lower right"}.get(axis, "upper left"))
+    figure = Figure(figsize=(11, 8), dpi=100, layout="tight")
+    for axis, (part, xscale, yscale, xlabel, ylabel) in zip(figure.subplots(2, 2).flat, PANELS):
+        for quantity in dict.fromkeys(row["quantity"] for row in rows if part in row["quantity"]):
+            ours = [row for row in rows if row["quantity"] == quantity and row["x"] != "slope" and row["count"]]
+            x, middle, low, high = (np.array([row[key] for row in ours]) for key in ("x", "value", "low", "high"))
+            axis.plot(x, middle, label=quantity, linestyle=":" if quantity.endswith("data") else "-")
+            axis.fill_between(x, low, high, alpha=0.15, linewidth=0)
+        axis.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+        axis.legend(fontsize=7)
     figure.savefig(path)
 
 
