@@ -64,7 +64,7 @@ class Task:
     """Decisions in an episode, real or imagined."""
     action_repeat: int = 2
     """Simulator steps that a decision lasts."""
-    total_timesteps: int = 1_000_000
+    total_timesteps: int = 500_000
     """Steps of the refinement in all, imagined ones (the last rollout is played to its end)."""
     seed: int = 1
     """Seed of networks, data, minibatches and episodes."""
@@ -76,7 +76,7 @@ class Task:
 class Data:
     """Real episodes, all that is ever learned from; the paper's 50, 150 and 30 are 50 steps long."""
 
-    expert_episodes: int = 10
+    expert_episodes: int = 3
     """Episodes of the scripted expert, for clone and model."""
     clone_episodes: int = 100
     """Episodes of the clone, for the model."""
@@ -114,7 +114,7 @@ class Model:
     """Width of the world model's three hidden layers."""
     denoising_steps: int = 3
     """Euler steps of the sampler."""
-    model_steps: int = 10_000
+    model_steps: int = 6_000
     """Gradient steps of world model and classifier."""
     model_lr: float = 1e-3
     """Their learning rate at the start."""
@@ -148,13 +148,15 @@ class PPO:
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
     """Norm that all gradients are clipped to."""
+    kl_coef: float = 0.1
+    """Weight in the loss of KL(policy || clone), which keeps the policy near the data of the model; ours."""
 
 
 @dataclass
 class Run:
     """Evaluation, files and machine."""
 
-    eval_interval: int = 200_000
+    eval_interval: int = 125_000
     """Steps of the refinement between evaluations (each waits for the end of a rollout)."""
     eval_episodes: int = 20
     """Real episodes of each, once with sampled actions (stochastic), once with the mode (deterministic)."""
@@ -555,7 +557,8 @@ def update_minibatch(learner: Learner, batch: Minibatch) -> dict[str, Tensor]:
     target = batch.advantage + batch.value
     value_loss = 0.5 * torch.maximum((value - target).square(), (near - target).square()).mean()
 
-    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    kl = policy.kl(parameters, learner.clone(batch.obs)).mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss + args.kl_coef * kl
     take_step(learner.optimizer, loss, args.max_grad_norm)
     metrics = {"losses/policy": policy_loss, "losses/value": value_loss, "policy/entropy": entropy}
     return {name: metric.detach() for name, metric in metrics.items()}
@@ -591,32 +594,31 @@ def update(learner: Learner, rollout: Rollout) -> dict[str, Tensor]:
 
 
 class PointTask:
-    """A double integrator: a point in the plane is pushed to a goal, and has to be slow there.
+    """A double integrator: a point in the plane is pushed to the origin, and has to be slow there.
 
     Every task has state_size, action_size, and these methods. Actions are in [-1, 1].
     """
 
-    state_size = 6  # position, velocity, goal
+    state_size = 4  # position, velocity
     action_size = 2
 
     def reset(self, seed: int) -> np.ndarray:
         """The initial state [S] of an episode that the seed alone determines."""
-        position, goal = np.random.default_rng(seed).uniform(-1, 1, (2, 2))
-        self.state = np.concatenate([position, np.zeros(2), goal])
+        self.state = np.append(np.random.default_rng(seed).uniform(-1, 1, 2), [0, 0])
         return self.state
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
         """The next state [S], and whether it is a success."""
-        position, velocity, goal = self.state.reshape(3, 2)
+        position, velocity = self.state.reshape(2, 2)
         position = position + 0.1 * velocity + 0.005 * action
         velocity = velocity + 0.1 * action
-        self.state = np.concatenate([position, velocity, goal])
-        return self.state, bool(np.linalg.norm(position - goal) < 0.1 and np.linalg.norm(velocity) < 0.2)
+        self.state = np.concatenate([position, velocity])
+        return self.state, bool(np.linalg.norm(position) < 0.2 and np.linalg.norm(velocity) < 0.5)
 
     def expert(self) -> np.ndarray:
         """The action [D] of a scripted expert in the present state."""
-        position, velocity, goal = self.state.reshape(3, 2)
-        return (4 * (goal - position) - 3 * velocity).clip(-1, 1)
+        position, velocity = self.state.reshape(2, 2)
+        return (-4 * position - 3 * velocity).clip(-1, 1)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -794,7 +796,8 @@ def play_rollout(task: PointTask | MetaWorldTask, learner: Learner, seeds: Itera
         obs = learner.whiten(states.to(learner.device))
         running = torch.ones(len(choices))
         column = obs[:-1], choices, success, success, success, obs[1:], running
-        columns.append([F.pad(x.T, (0, args.horizon - len(choices))).T for x in column])
+        missing = args.horizon - len(choices)
+        columns.append([torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) for x in column])
     return Rollout(*(torch.stack(x, 1).to(learner.device) for x in zip(*columns)))
 
 
@@ -1143,7 +1146,7 @@ def check_args(args: Args) -> None:
         require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
     for name in ("gamma", "gae_lambda"):
         require(args, name, 0 <= getattr(args, name) <= 1, "a number from 0 to 1")
-    for name in ("ent_coef", "vf_coef"):
+    for name in ("ent_coef", "vf_coef", "kl_coef"):
         require(args, name, 0 <= getattr(args, name) <= 1e6, "a number from 0 to 1e6")
     require(args, "min_log_std", -10 <= args.min_log_std <= 2, "a number from -10 to 2")
     require(args, "max_log_std", args.min_log_std <= args.max_log_std <= 2, "a number from --min-log-std to 2")
