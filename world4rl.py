@@ -64,7 +64,7 @@ class Task:
     """Decisions in an episode, real or imagined."""
     action_repeat: int = 2
     """Simulator steps that a decision lasts."""
-    total_timesteps: int = 500_000
+    total_timesteps: int = 200_000
     """Steps of the refinement in all, imagined ones (the last rollout is played to its end)."""
     seed: int = 1
     """Seed of networks, data, minibatches and episodes."""
@@ -128,13 +128,13 @@ class PPO:
 
     refine_in: Literal["model", "simulator"] = "model"
     """Where PPO plays: in the world model, or, to compare, in the simulator itself."""
-    rollout_episodes: int = 256
+    rollout_episodes: int = 64
     """Episodes of a rollout, all imagined at once."""
-    update_epochs: int = 5
+    update_epochs: int = 10
     """Passes over a rollout."""
     num_minibatches: int = 8
     """Minibatches in a pass."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     """Learning rate at the start."""
     gamma: float = 0.985
     """Discount factor."""
@@ -156,7 +156,7 @@ class PPO:
 class Run:
     """Evaluation, files and machine."""
 
-    eval_interval: int = 125_000
+    eval_interval: int = 50_000
     """Steps of the refinement between evaluations (each waits for the end of a rollout)."""
     eval_episodes: int = 20
     """Real episodes of each, once with sampled actions (stochastic), once with the mode (deterministic)."""
