@@ -596,9 +596,10 @@ def update(learner: Learner, rollout: Rollout) -> dict[str, Tensor]:
 class PointTask:
     """A double integrator: a point in the plane is pushed to the origin, and has to be slow there.
 
-    Every task has state_size, action_size, and these methods. Actions are in [-1, 1].
+    Every task has these attributes and methods. Actions are in [-1, 1].
     """
 
+    drawn = {"point": (0, 1)}  # where in the state the coordinates of things are
     state_size = 4  # position, velocity
     action_size = 2
 
@@ -630,6 +631,7 @@ class MetaWorldTask:
     That is hand, gripper, position and orientation of two objects (zeros if there is one), and the goal's position.
     """
 
+    drawn = {"hand": (0, 1, 2), "object": (4, 5, 6)}
     state_size = 21
     action_size = 4
 
@@ -846,6 +848,50 @@ def evaluate(
         imagined = imagine(learner, policy, start.to(learner.device), deterministic)
     real = np.array([float(episode.success.max()) for episode in played])
     return real, imagined.reward.sum(0).cpu().numpy()
+
+
+def replay(learner: Learner, episode: Episode) -> Tensor:
+    """States [T + 1, S] that the model imagines from an episode's start and actions."""
+    start = episode.states[:1].to(learner.device)
+    history = History(start, learner.args.history, episode.choices.shape[1])
+    rows = torch.zeros(1, dtype=torch.int64, device=learner.device)
+    imagined = [start]
+    for choice in episode.choices.to(learner.device):
+        history.act(choice.clamp(-1, 1)[None], rows)
+        imagined.append(learner.next_state(history.states, history.actions))
+        history.move(imagined[-1], rows)
+    return torch.cat(imagined).cpu()
+
+
+def film(task: PointTask | MetaWorldTask, learner: Learner, seed: int, path: Path) -> None:
+    """Draw a real episode of the policy's mode (solid) and its replay in the model (dashed), from above and the front.
+
+    Positions only: a state of 18 numbers and a goal is not enough to set the simulator to, so none is rendered.
+    """
+    import imageio
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    choose = chooser(learner, learner.policy, deterministic=True)
+    episode = play_episode(task, seed, choose, learner.args.horizon, stop=True)
+    paths = {"solid": episode.states, "dashed": replay(learner, episode)}
+    three = len(next(iter(task.drawn.values()))) == 3
+    frames = []
+    for t in range(2, len(episode.states) + 1, 2):
+        figure = Figure(figsize=(8, 4) if three else (4, 4))
+        canvas = FigureCanvasAgg(figure)
+        for ax, (i, j) in zip(figure.subplots(1, 1 + three, squeeze=False)[0], ((0, 1), (0, 2))):
+            for number, (name, places) in enumerate(task.drawn.items()):
+                for style, states in paths.items():
+                    line = states[:, [places[i], places[j]]]
+                    ax.plot(*line.T, alpha=0)  # the axes stay as they are
+                    ax.plot(*line[:t].T, f"C{number}", linestyle=style, label=name if style == "solid" else None)
+            ax.set(xlabel="xyz"[i], ylabel="xyz"[j])
+        ax.legend(title="dashed: imagined")
+        figure.tight_layout()
+        canvas.draw()
+        frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    imageio.mimsave(path, frames, duration=100, loop=0)
 
 
 def forked_random_numbers(device: torch.device) -> AbstractContextManager:
@@ -1420,6 +1466,9 @@ def play(args: Args, given: Collection[str] = ()) -> None:
             real, imagined = evaluate(task, learner, policy, deterministic, args.final_eval_episodes, args.seed)
             spread = f"{real.mean():.2f} over {len(real)} episodes"
             print(f"{name:6s} {mode:13s} return {spread}, imagined {imagined.mean():.2f} over {len(imagined)}")
+    if args.capture_video:
+        film(task, learner, args.seed, run_dir / "imagined.gif")
+        print(f"{'video':20s} {run_dir / 'imagined.gif'}")
     task.close()
 
 

@@ -332,7 +332,8 @@ LEARNS = dict(
 
 
 def test_evaluate_prints_clone_and_policy(small, capsys):
-    world4rl.main(Args(evaluate=str(small["run_dir"]), final_eval_episodes=4))
+    world4rl.main(Args(evaluate=str(small["run_dir"]), final_eval_episodes=4, capture_video=True))
+    assert (small["run_dir"] / "imagined.gif").read_bytes()[:3] == b"GIF"
     printed = capsys.readouterr().out
     for words in (
         "clone  stochastic",
@@ -342,6 +343,19 @@ def test_evaluate_prints_clone_and_policy(small, capsys):
         "4 episodes",
     ):
         assert words in printed
+
+
+def test_a_replay_follows_the_real_episode_where_the_model_is_the_simulator(monkeypatch):
+    learner, task = learner_of(), PointTask()
+    rng = np.random.default_rng(0)
+    episode = world4rl.play_episode(task, 1, lambda state: rng.uniform(-2, 2, 2), 20, stop=False)
+
+    def exact(states, actions):
+        task.state = states[0, -1].numpy()
+        return torch.tensor(task.step(actions[0, -1].numpy())[0])[None].float()
+
+    monkeypatch.setattr(learner, "next_state", exact)
+    torch.testing.assert_close(world4rl.replay(learner, episode), episode.states)
 
 
 def test_main_says_which_stage_is_done(capsys):
