@@ -614,7 +614,7 @@ class PointTask:
         position = position + 0.1 * velocity + 0.005 * action
         velocity = velocity + 0.1 * action
         self.state = np.concatenate([position, velocity])
-        return self.state, bool(np.linalg.norm(position) < 0.2 and np.linalg.norm(velocity) < 0.5)
+        return self.state, bool(np.linalg.norm(position) < 0.4 and np.linalg.norm(velocity) < 0.5)
 
     def expert(self) -> np.ndarray:
         """The action [D] of a scripted expert in the present state."""

@@ -310,27 +310,6 @@ def test_refinement_in_the_simulator_starts_from_the_same_clone(small):
     assert result["clone_return"] == small["clone_return"]
 
 
-@pytest.mark.slow
-def test_the_pipeline_improves_a_poor_clone():
-    """On the double integrator, in about a minute; the model never sees a step of the refined policy."""
-    result = world4rl.train(Args(**TOY, **LEARNS))
-    assert result["clone_return"] < 0.6 and result["final_return"] > result["clone_return"] + 0.25
-
-
-LEARNS = dict(
-    expert_episodes=2,
-    random_episodes=30,
-    clone_episodes=60,
-    clone_steps=100,
-    model_steps=1_500,
-    total_timesteps=150_000,
-    rollout_episodes=64,
-    num_minibatches=4,
-    learning_rate=1e-3,
-    eval_interval=1_000_000,
-)
-
-
 def test_evaluate_prints_clone_and_policy(small, capsys):
     world4rl.main(Args(evaluate=str(small["run_dir"]), final_eval_episodes=4, capture_video=True))
     assert (small["run_dir"] / "imagined.gif").read_bytes()[:3] == b"GIF"
