@@ -1,7 +1,7 @@
 """Speed of the scripts as ratios, each of things measured side by side in this run (absolute times drift).
 
 python benchmark/speed.py           # some five minutes on an idle machine, most of them compiling ddpl_smax_jax.py
-python benchmark/speed.py smax      # one part alone: mpe, compiled, mamujoco, isaaclab, qvpo or smax
+python benchmark/speed.py smax      # one part alone: mpe, compiled, mamujoco, isaaclab, qvpo, world4rl or smax
 python benchmark/speed.py --full    # also the default run of ddpl_mpe.py, for its time and memory: some minutes more
 """
 
@@ -32,6 +32,7 @@ import ddpl_mamujoco  # noqa: E402
 import ddpl_mpe  # noqa: E402
 import ddpl_smax_jax  # noqa: E402
 import qvpo  # noqa: E402
+import world4rl  # noqa: E402
 from benchmark.qvpo_published import PublishedLearner  # noqa: E402
 
 
@@ -189,6 +190,28 @@ def seconds_of(function) -> float:
     return time.perf_counter() - start
 
 
+def measure_world4rl() -> None:
+    """world4rl.py: a decision imagined in 256 episodes at once against one in the simulator (door-lock-v3)."""
+    args = world4rl.Args(horizon=10)
+    try:
+        task = world4rl.make_task(args)
+    except world4rl.RunError as error:  # without Meta-World
+        print(error)
+        return
+    learner = world4rl.Learner(args, task.state_size, task.action_size)
+    learner.classifier[-1].bias.data.fill_(-100)  # no episode ends
+    start = torch.from_numpy(task.reset(0)).float().expand(256, -1)
+    action = np.zeros(task.action_size, dtype=np.float32)
+    ms = medians(
+        10,
+        imagined=lambda: world4rl.imagine(learner, learner.policy, start),
+        simulator=lambda: task.step(action),
+    )
+    ratio = ms["simulator"] / (ms["imagined"] / (256 * args.horizon))
+    print(f"world4rl.py, simulator's time for a decision over that of an imagined one: {ratio:.1f}")
+    task.close()
+
+
 def measure_smax() -> None:
     """ddpl_smax_jax.py on 3m: the compiled loop, its parts, the same driven from Python, and seeds side by side."""
     args = ddpl_smax_jax.Args(log_interval=1_600)  # a short chunk, whose rates are those of a longer one
@@ -305,7 +328,15 @@ def measure_isaaclab() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    parts = (measure_mpe, measure_compiled, measure_mamujoco, measure_isaaclab, measure_qvpo, measure_smax)
+    parts = (
+        measure_mpe,
+        measure_compiled,
+        measure_mamujoco,
+        measure_isaaclab,
+        measure_qvpo,
+        measure_world4rl,
+        measure_smax,
+    )
     chosen = [part for part in parts if part.__name__.removeprefix("measure_") in sys.argv]
     for measure in chosen or parts:
         measure()

@@ -16,9 +16,10 @@ import ddpl_mpe
 import policy_transfer
 import qvpo
 import srvr_npg
+import world4rl
 
 DDPL = (ddpl_mpe, ddpl_mamujoco, ddpl_isaaclab, ddpl_coordination)
-SCRIPTS = (*DDPL, qvpo, bang_bang, srvr_npg, policy_transfer)
+SCRIPTS = (*DDPL, qvpo, bang_bang, srvr_npg, policy_transfer, world4rl)
 
 
 def because(reason: str, names: str) -> dict[str, str]:
@@ -108,12 +109,36 @@ NO_NETWORK = "no network is trained, and nothing is resumed"
 DIFFERENT |= {
     (script, policy_transfer): because(NO_NETWORK, "Args check_args evaluate train main")
     for script in SCRIPTS
-    if script not in (ddpl_coordination, srvr_npg, policy_transfer)
+    if script not in (ddpl_coordination, srvr_npg, policy_transfer, world4rl)
 }
 DIFFERENT[srvr_npg, policy_transfer] = because(NO_NETWORK, "Args check_args train main")
 DIFFERENT[ddpl_coordination, policy_transfer] = because(NO_NETWORK, "Args check_args train main") | because(
     "other results", "print_table write_csv"
 )
+STAGES = because(
+    "another algorithm, in stages; not compiled",
+    "Args Run Task check_args Learner update Progress EVALUATION_COLUMNS play save_checkpoint restore train "
+    "training_loop main",
+)
+CLONED = because("its deviation depends on the state", "GaussianPolicy")
+RUNS = because("imagined episodes are evaluated, too", "evaluate")
+COMPILED = because("not compiled", "check_run_args")
+DIFFERENT |= {
+    (ddpl_mpe, world4rl): STAGES | CLONED | RUNS | COMPILED | CLIPPED,
+    (ddpl_mamujoco, world4rl): STAGES | CLONED | RUNS | COMPILED | CLIPPED,
+    (ddpl_isaaclab, world4rl): STAGES | CLONED | RUNS | COMPILED | CLIPPED,
+    (ddpl_coordination, world4rl): CLONED
+    | CLIPPED
+    | because("another algorithm", "Args check_args Learner main train"),
+    (qvpo, world4rl): STAGES | RUNS | COMPILED,
+    (bang_bang, world4rl): STAGES
+    | CLONED
+    | RUNS
+    | COMPILED
+    | because("episodes side by side, near a clone", "PPO Policy Rollout update_minibatch"),
+    (srvr_npg, world4rl): STAGES | because("other tasks", "make_task"),
+    (policy_transfer, world4rl): because("another algorithm", "Args check_args evaluate main train"),
+}
 PURE = {"noise_schedule", "denoise_step", "propose_actions", "issm_weights", "issm_target"}
 
 
