@@ -249,6 +249,7 @@ def test_frozen_is_frozen(small, monkeypatch):
     assert equal(after["learner"], checkpoint_of(small)["learner"])  # stage by stage or in one go
 
 
+@pytest.mark.slow
 def test_no_real_episode_flows_back(small, monkeypatch):
     """Refinement never steps the simulator; evaluations do, and however many there are, the policy is the same."""
     often = checkpoint_of(world4rl.train(Args(**SMALL | dict(eval_interval=100, eval_episodes=3))))
@@ -286,7 +287,7 @@ def test_stopped_in_a_stage_and_resumed_equals_never_stopped(stage, small):
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed():
-    kill_and_resume(world4rl, (0, 400), **SMALL | dict(total_timesteps=4_000, eval_interval=2_000))
+    kill_and_resume(world4rl, (0, 400), **SMALL | dict(total_timesteps=2_000, eval_interval=1_000))
 
 
 def test_resuming_a_finished_run_repeats_its_result(small):
