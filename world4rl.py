@@ -1338,8 +1338,10 @@ def stored_arguments(
         ours, theirs, option = getattr(args, name), stored[name], f"--{name.replace('_', '-')}"
         if ours != theirs:
             raise RunError(f"{flag}: {path} ran with {option} {theirs}, not {ours}; drop {option}")
-    if "env_id" not in asked and ":" in str(stored.get("env_id")):  # gym.make would import what stands before the colon
-        raise RunError(f"{flag}: {path} names a module to import, {stored['env_id']}; to trust it, name it by --env-id")
+    for name in {"env_id", "task"} - asked:
+        if ":" in str(stored.get(name)):  # gym.make would import what stands before the colon
+            option = f"--{name.replace('_', '-')}"
+            raise RunError(f"{flag}: {path} names a module to import, {stored[name]}; to trust it, name it by {option}")
     return replace(args, **{name: value for name, value in stored.items() if name not in asked})
 
 
