@@ -3,8 +3,8 @@
     python ddpl_isaaclab.py --task tests.three_links:Three-Links-MARL-Direct
 
 The arm hangs from a fixed base and moves in a vertical plane. Each joint's motor is an agent: it sees its own joint,
-the angles of its neighbours and the target, says where to turn to, and shares the reward. An episode succeeds if at its
-end the tip has been within 0.1 m of the target for half a second.
+the angles of its neighbours and the target, says where to turn to, and shares the reward. An episode succeeds if at
+its end the tip has been within 0.1 m of the target for half a second.
 """
 
 import math
@@ -61,7 +61,7 @@ class ThreeLinksCfg(DirectMARLEnvCfg):
 
 
 class ThreeLinks(DirectMARLEnv):
-    """The task. Angles are 0 where the arm hangs down; lengths are in units of the whole arm's."""
+    """The task. Angles are 0 where the arm hangs down; the target is seen from the shoulder, in m, (sideways, up)."""
 
     def __init__(self, cfg: ThreeLinksCfg, render_mode: str | None = None, **kwargs):
         super().__init__(cfg, render_mode, **kwargs)
