@@ -28,7 +28,7 @@ LIST = f"""
 ["mpe/simple_spread_v3_N3"]
 script = "ddpl_mpe.py"
 flags = "{FLAGS}"
-seeds = [1]
+seeds = [1, 2]
 arms.diffusion = "--policy diffusion"
 arms.gaussian = "--policy gaussian --actor-lr 0.001"
 
@@ -96,8 +96,8 @@ def test_a_list_is_run_resumed_and_collected():
     process = start(SPREAD)
     kill_in_the_middle(f"runs/benchmark/{SPREAD}/diffusion_1")
     printed = finish(process)
-    assert "0 runs are done, 2 missing" in printed and "left" in printed
-    check_results(SPREAD, {"diffusion_1", "gaussian_1"})
+    assert "0 runs are done, 4 missing" in printed and "left" in printed
+    check_results(SPREAD, {"diffusion_1", "diffusion_2", "gaussian_1", "gaussian_2"})
 
     words = "--policy diffusion --seed 1 --exp-name whole " + FLAGS
     subprocess.run([sys.executable, benchmark_run.ROOT / "ddpl_mpe.py", *words.split()], check=True, stderr=-3)
@@ -106,10 +106,10 @@ def test_a_list_is_run_resumed_and_collected():
     assert evaluations(killed) == evaluations(whole)
 
     # What is done is skipped. Another command than the recorded one: a new run, and the old folder set aside.
-    assert "2 runs are done, 1 missing" in finish(start("--dry-run"))
+    assert "4 runs are done, 1 missing" in finish(start("--dry-run"))
     Path("list.toml").write_text(LIST.replace("--actor-lr 0.001", "--actor-lr 0.002"))
     dry = finish(start("--dry-run", SPREAD))
-    assert "1 runs are done, 1 missing" in dry and "gaussian_1  python ddpl_mpe.py" in dry
+    assert "2 runs are done, 2 missing" in dry and "gaussian_1  python ddpl_mpe.py" in dry
     finish(start(SPREAD))
     assert len(list(Path(f"runs/benchmark/{SPREAD}").glob("gaussian_1.*"))) == 1
     origins = json.loads(Path(f"results/{SPREAD}/origins.json").read_text())
@@ -130,7 +130,7 @@ def test_two_machines_one_of_which_dies(monkeypatch):
         finish(process)
     finally:
         cluster.shutdown()
-    check_results(SPREAD, {"diffusion_1", "gaussian_1"})
+    check_results(SPREAD, {"diffusion_1", "diffusion_2", "gaussian_1", "gaussian_2"})
     check_results(REFERENCE, {"gaussian_3"})
 
 
@@ -139,8 +139,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on():
     Path("list.toml").write_text(LIST.replace("--policy gaussian --actor-lr 0.001", "--policy beta"))
     process = start(SPREAD)
     printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 1 and "these runs failed" in printed and f"{SPREAD}/gaussian_1" in printed
-    check_results(SPREAD, {"diffusion_1"})
+    assert process.returncode == 1 and "these runs failed" in printed and f"{SPREAD}/gaussian_2" in printed
+    check_results(SPREAD, {"diffusion_1", "diffusion_2"})
 
 
 @pytest.mark.parametrize(
