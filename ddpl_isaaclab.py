@@ -871,7 +871,7 @@ def make_config(args: Args, device: str) -> Any:
         raise RunError(f"--task: {error}; name a module that Python can import, or leave it out") from None
     if name not in gym.registry:
         raise RunError(f"--task: Isaac Lab knows no {name!r}; choose a multi-agent task, such as {choices}")
-    config = parse_env_cfg(args.task, device=device, num_envs=args.num_envs)
+    config = parse_env_cfg(name, device=device, num_envs=args.num_envs)
     if not hasattr(config, "possible_agents"):
         raise RunError(f"--task: {args.task} has a single agent; choose a multi-agent task, such as {choices}")
     config.seed = args.seed

@@ -536,6 +536,25 @@ def test_a_task_of_a_module_that_is_not_there(fake):
     assert "--task: No module named 'nowhere'" in error_of(ddpl_isaaclab, **FAKE | dict(task="nowhere:Task"))
 
 
+def test_a_module_is_imported_on_the_users_word_alone(fake, tmp_path, monkeypatch):
+    """Not because a checkpoint names it before its task."""
+    fake()
+    (tmp_path / "payload.py").write_text("open('imported', 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    run_dir = train(Args(**FAKE | dict(total_timesteps=400)))["run_dir"]
+    checkpoint, task = Path(run_dir) / "checkpoint.pt", f"payload:{fake_isaac.TASK}"
+    contents = torch.load(checkpoint, weights_only=True)
+    contents["args"]["task"] = task
+    torch.save(contents, checkpoint)
+    assert f"names a module to import, {task}; to trust it, name it by --task" in error_of(
+        ddpl_isaaclab, resume=run_dir
+    )
+    assert not Path("imported").exists() and "payload" not in sys.modules
+    train(Args(resume=run_dir, task=task))
+    assert Path("imported").exists()
+    del sys.modules["payload"]
+
+
 # ---- bad input, and what stops a run
 
 
