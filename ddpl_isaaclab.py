@@ -105,7 +105,7 @@ class Algorithm:
     """Transitions in a critic update, in every process."""
     actor_batch_size: int = 64
     """Of those, how many states the diffusion policy learns from; each critic scores its share of them."""
-    gamma: float = 0.98
+    gamma: float = 0.99
     """Discount factor."""
     tau: float = 0.05
     """Step of the target critic towards the critic, each update."""
@@ -115,6 +115,8 @@ class Algorithm:
     """Learning rate of the central critics."""
     actor_lr: float = 3e-3
     """Learning rate of the policies and of the diffusion policies' local critics."""
+    anneal_lr: tuple[int, int] = (76_800, 230_400)
+    """Environment steps between which all learning rates fall linearly, to a twentieth for good (0 0: never)."""
     num_critics: int = 4
     """K, central critics; the policies climb their mean."""
     pessimism: float = 0.6
@@ -615,6 +617,18 @@ class Learner(nn.Module):
 
     def optimizers(self) -> list[Adam]:
         return [value for value in vars(self).values() if isinstance(value, Adam)]
+
+
+def anneal_learning_rates(learner: Learner, global_step: int) -> None:
+    """Set the learning rates to those of a step: falling between the two of --anneal-lr, to a twentieth."""
+    start, end = learner.args.anneal_lr
+    if end == 0:
+        return
+    share = float(np.interp(global_step, [start, end], [1, 0.05]))
+    for optimizer in learner.optimizers():
+        (group,) = optimizer.param_groups
+        # A tensor, since a compiled update has numbers built in.
+        group["lr"] = torch.full((), share * optimizer.defaults["lr"], device=learner.mask.device)
 
 
 def update(learner: Learner, batch: "Batch") -> dict[str, Tensor]:
@@ -1162,6 +1176,7 @@ def training_loop(
         obs, state = after.obs, after.state
 
         # Learn.
+        anneal_learning_rates(learner, progress.global_step)
         while args.learning_starts + progress.updates * args.steps_per_update < progress.global_step:
             metrics = update_step(learner, buffer.sample(args.batch_size))
             progress.updates += 1
@@ -1258,6 +1273,9 @@ def check_args(args: Args) -> None:
     require(args, "actor_batch_size", fewer, f"at most --batch-size, {args.batch_size}")
     for name in ("critic_lr", "actor_lr", "temperature_lr"):
         require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
+    start, end = args.anneal_lr
+    falls = 0 <= start < end or start == end == 0
+    require(args, "anneal_lr", falls, "two steps, of which the second is later, or 0 0 for constant learning rates")
     require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
     require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
     require(args, "average_decay", 0 <= args.average_decay < 1, "a number from 0 to below 1")

@@ -1,10 +1,12 @@
 """Speed of the scripts as ratios, each of things measured side by side in this run (absolute times drift).
 
-python benchmark/speed.py           # some five minutes on an idle machine, most of them compiling ddpl_smax_jax.py
-python benchmark/speed.py smax      # one part alone: mpe, compiled, mamujoco, isaaclab, qvpo, world4rl or smax
+python benchmark/speed.py           # some ten minutes on an idle machine, most of them to compile and start
+python benchmark/speed.py smax      # one part: mpe, compiled, mamujoco, isaaclab, processes, qvpo, world4rl or smax
 python benchmark/speed.py --full    # also the default run of ddpl_mpe.py, for its time and memory: some minutes more
 """
 
+import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -292,37 +295,71 @@ def measure_smax() -> None:
     print(f"  eight seeds side by side / eight runs              {ms['eight'] / 8 / ms['whole']:.2f}")
 
 
-def measure_isaaclab() -> None:
-    """ddpl_isaaclab.py: what acting and learning take of a step of all environments, next to its simulation."""
+def isaaclab_milliseconds(num_envs: int) -> dict[str, float] | str:
+    """Milliseconds of a step's parts with so many environments, or why not. A process can have one simulation only."""
     os.environ.setdefault("ISAACSIM_ASSET_ROOT", str(ROOT / "tests/assets"))
-    args = ddpl_isaaclab.Args(device="cpu")
+    torch.set_num_threads(1)
+    args = ddpl_isaaclab.Args(device="cpu", num_envs=num_envs)
     try:
         with ddpl_isaaclab.make_env(args) as env:
-            obs, _ = env.reset(0)
-            actions, mask = torch.rand(args.num_envs, 2, 1), env.action_mask()
-            functions = {"simulation": lambda: env.step(actions)}
+            obs, state = env.reset(0)
+            actions, mask = torch.rand(num_envs, 2, 1), env.action_mask()
+            after = env.step(actions)
+            columns = obs, actions, after.reward, after.terminated.float(), after.obs, state, after.state
+            capacity = max(num_envs, args.buffer_size // 10)
+            shapes = ddpl_isaaclab.Batch(*(column.shape[1:] for column in columns))
+            buffer = ddpl_isaaclab.ReplayBuffer(capacity, shapes)
+            while buffer.size < capacity:  # full, so that its memory is really there
+                buffer.add(*columns)
+            functions = {
+                "simulation": lambda: env.step(actions),
+                "replay": lambda: (buffer.add(*columns), buffer.sample(args.batch_size)),
+            }
             for policy in ("diffusion", "gaussian"):
                 own = replace(args, policy=policy)
                 learner = ddpl_isaaclab.Learner(own, env.obs_size, env.state_size, mask, env.alike)
-                after, rows = env.step(actions), slice(args.batch_size)
-                state = after.state
-                columns = obs, actions, after.reward, after.terminated.float(), after.obs, state, state
-                batch = (column[rows] for column in columns)
-                batch = ddpl_isaaclab.Batch(*(c.transpose(0, 1) if c.ndim > 2 else c for c in batch))
+                batch = buffer.sample(args.batch_size)
                 functions[f"{policy} acts"] = lambda x=learner: x.policy.sample(obs.transpose(0, 1))
                 functions[f"{policy} learns"] = lambda x=learner, b=batch: ddpl_isaaclab.update(x, b)
-            ms = medians(60, **functions)
+            return medians(60, **functions) | {"bytes": sum(c.nbytes for c in buffer.data) / capacity}
     except ddpl_isaaclab.RunError as error:
-        print(f"ddpl_isaaclab.py: not measured; {error}")
-        return
-    updates = args.num_envs / args.steps_per_update
-    print(
-        f"ddpl_isaaclab.py, {args.num_envs} environments          ms    "
-        + "  ".join(f"{n}: {v:.1f}" for n, v in ms.items())
-    )
-    for policy in ("diffusion", "gaussian"):
-        acts, learns = ms[f"{policy} acts"] / ms["simulation"], updates * ms[f"{policy} learns"] / ms["simulation"]
-        print(f"  {policy}: acting, learning / simulation     {acts:.2f}, {learns:.2f}  ({updates:.0f} updates)")
+        return str(error)
+
+
+def measure_isaaclab() -> None:
+    """ddpl_isaaclab.py: what a step of all environments is made of, with 64, 256 and 1,024 of them."""
+    for num_envs in (64, 256, 1024):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            ms = process.submit(isaaclab_milliseconds, num_envs).result()
+        if isinstance(ms, str):
+            print(f"ddpl_isaaclab.py: not measured; {ms}")
+            return
+        size = ms.pop("bytes")
+        parts = "  ".join(f"{name}: {value:.1f}" for name, value in ms.items())
+        print(f"ddpl_isaaclab.py, {num_envs:4} environments         ms    {parts}")
+        updates = num_envs / ddpl_isaaclab.Args.steps_per_update
+        for policy in ("diffusion", "gaussian"):
+            acts, learns = ms[f"{policy} acts"] / ms["simulation"], updates * ms[f"{policy} learns"] / ms["simulation"]
+            print(f"  {policy}: acting, learning / simulation     {acts:.2f}, {learns:.2f}  ({updates:.0f} updates)")
+    print(f"  a transition in the replay buffer         {size:.0f} bytes")
+
+
+def measure_processes() -> None:
+    """ddpl_isaaclab.py under torchrun: steps a second of one, two and four processes, each with 256 environments."""
+    rates = {}
+    for processes in (1, 2, 4):
+        steps = processes * 15_360
+        flags = f"--device cpu --total-timesteps {steps} --learning-starts {steps // 3}"
+        command = f"-m torch.distributed.run --nproc-per-node {processes} {ROOT / 'ddpl_isaaclab.py'} {flags}"
+        environment = {"ISAACSIM_ASSET_ROOT": str(ROOT / "tests/assets"), "OMP_NUM_THREADS": "1"} | os.environ
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, *command.split()], cwd=folder, env=environment, check=True)
+            (result,) = Path(folder).glob("runs/*/result.json")
+            rates[processes] = json.loads(result.read_text())["env_steps_per_second"]
+    print("ddpl_isaaclab.py, steps/s of processes      " + "  ".join(f"{n}: {rate:.0f}" for n, rate in rates.items()))
+    for processes in (2, 4):
+        share = rates[processes] / (processes * rates[1])
+        print(f"  {processes} processes, share of as many alone      {share:.2f}  ({os.cpu_count()} cores)")
 
 
 def main() -> None:
@@ -333,6 +370,7 @@ def main() -> None:
         measure_compiled,
         measure_mamujoco,
         measure_isaaclab,
+        measure_processes,
         measure_qvpo,
         measure_world4rl,
         measure_smax,
