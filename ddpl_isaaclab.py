@@ -115,8 +115,8 @@ class Algorithm:
     """Learning rate of the central critics."""
     actor_lr: float = 3e-3
     """Learning rate of the policies and of the diffusion policies' local critics."""
-    anneal_lr: tuple[int, int] = (76_800, 230_400)
-    """Environment steps between which all learning rates fall linearly, to a twentieth for good (0 0: never)."""
+    anneal_lr: bool = True
+    """Let all learning rates fall, linearly from a third of the run on, to zero at its end."""
     num_critics: int = 4
     """K, central critics; the policies climb their mean."""
     pessimism: float = 0.6
@@ -620,11 +620,9 @@ class Learner(nn.Module):
 
 
 def anneal_learning_rates(learner: Learner, global_step: int) -> None:
-    """Set the learning rates to those of a step: falling between the two of --anneal-lr, to a twentieth."""
-    start, end = learner.args.anneal_lr
-    if end == 0:
-        return
-    share = float(np.interp(global_step, [start, end], [1, 0.05]))
+    """Set the learning rates to those of a step: constant for a third of the run, then falling to zero at its end."""
+    steps = learner.args.total_timesteps
+    share = float(np.interp(global_step, [steps / 3, steps], [1, 0]))
     for optimizer in learner.optimizers():
         (group,) = optimizer.param_groups
         # A tensor, since a compiled update has numbers built in.
@@ -1176,7 +1174,8 @@ def training_loop(
         obs, state = after.obs, after.state
 
         # Learn.
-        anneal_learning_rates(learner, progress.global_step)
+        if args.anneal_lr:
+            anneal_learning_rates(learner, progress.global_step)
         while args.learning_starts + progress.updates * args.steps_per_update < progress.global_step:
             metrics = update_step(learner, buffer.sample(args.batch_size))
             progress.updates += 1
@@ -1273,9 +1272,6 @@ def check_args(args: Args) -> None:
     require(args, "actor_batch_size", fewer, f"at most --batch-size, {args.batch_size}")
     for name in ("critic_lr", "actor_lr", "temperature_lr"):
         require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
-    start, end = args.anneal_lr
-    falls = 0 <= start < end or start == end == 0
-    require(args, "anneal_lr", falls, "two steps, of which the second is later, or 0 0 for constant learning rates")
     require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
     require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
     require(args, "average_decay", 0 <= args.average_decay < 1, "a number from 0 to below 1")
