@@ -850,17 +850,17 @@ def evaluate(
     return real, imagined.reward.sum(0).cpu().numpy()
 
 
-def replay(learner: Learner, episode: Episode) -> Tensor:
-    """States [T + 1, S] that the model imagines from an episode's start and actions."""
-    start = episode.states[:1].to(learner.device)
+def replay(learner: Learner, episode: Episode, samples: int = 1) -> Tensor:
+    """States [samples, T + 1, S] that the model imagines, so many times, from an episode's start and actions."""
+    start = episode.states[:1].to(learner.device).expand(samples, -1)
     history = History(start, learner.args.history, episode.choices.shape[1])
-    rows = torch.zeros(1, dtype=torch.int64, device=learner.device)
+    rows = torch.arange(samples, device=learner.device)
     imagined = [start]
     for choice in episode.choices.to(learner.device):
-        history.act(choice.clamp(-1, 1)[None], rows)
+        history.act(choice.clamp(-1, 1).expand(samples, -1), rows)
         imagined.append(learner.next_state(history.states, history.actions))
         history.move(imagined[-1], rows)
-    return torch.cat(imagined).cpu()
+    return torch.stack(imagined, 1).cpu()
 
 
 def film(task: PointTask | MetaWorldTask, learner: Learner, seed: int, path: Path) -> None:
@@ -874,7 +874,7 @@ def film(task: PointTask | MetaWorldTask, learner: Learner, seed: int, path: Pat
 
     choose = chooser(learner, learner.policy, deterministic=True)
     episode = play_episode(task, seed, choose, learner.args.horizon, stop=True)
-    paths = {"solid": episode.states, "dashed": replay(learner, episode)}
+    paths = {"solid": episode.states, "dashed": replay(learner, episode)[0]}
     three = len(next(iter(task.drawn.values()))) == 3
     frames = []
     for t in range(2, len(episode.states) + 1, 2):

@@ -47,7 +47,7 @@ def fidelity(task, learner, who: str) -> tuple[np.ndarray, np.ndarray]:
     errors, spreads = [], []
     for seed in world4rl.episode_seeds(3, 0, 0, EPISODES):
         episode = world4rl.play_episode(task, int(seed), choose, learner.args.horizon, stop=False)
-        imagined = torch.stack([world4rl.replay(learner, episode) for _ in range(SAMPLES)])[..., places]
+        imagined = world4rl.replay(learner, episode, SAMPLES)[..., places]
         errors.append((imagined.mean(0) - episode.states[:, places]).square().mean(1))
         spreads.append(imagined.var(0).mean(1))
     return torch.stack(errors).mean(0).sqrt().numpy(), torch.stack(spreads).mean(0).sqrt().numpy()
@@ -72,14 +72,18 @@ def main(run_dirs: list[Path]) -> None:
             name = f"{args.env_id}_{args.world_model}_{args.seed}"
         for who, style in (("clone", "-"), ("random", ":")):
             error, spread = fidelity(task, learner, who)
-            right.plot(error, style, color=f"C{number}", label=f"{name}, {who}")
+            ahead = np.arange(1, args.horizon + 1)
+            right.plot(ahead, error[1:], style, color=f"C{number}", label=f"{name}, {who}")
+            if args.world_model == "diffusion":
+                right.plot(ahead, spread[1:], style, color=f"C{number}", alpha=0.4)
             rows += [
                 {"run": name, "actions": who, "horizon": t, "error": f"{error[t]:.5f}", "spread": f"{spread[t]:.5f}"}
                 for t in (1, 5, 10, 25, 50, args.horizon)
                 if t <= args.horizon
             ]
+    left.locator_params(axis="x", nbins=5)
     left.set(xlabel="imagined steps", ylabel="success (dashed: imagined)", ylim=(0, 1))
-    right.set(xlabel="decisions predicted ahead", ylabel="error of positions in m", yscale="log")
+    right.set(xlabel="decisions predicted ahead", ylabel="error of positions in m (pale: spread)", yscale="log")
     for ax in (left, right):
         ax.legend(fontsize=7)
     plt.tight_layout()

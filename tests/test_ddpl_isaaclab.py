@@ -477,8 +477,8 @@ def test_pendulum_repeats_itself(pendulum):
     assert torch.equal(*twice)
 
 
-REAL = dict(total_timesteps=19_200, num_envs=E, device="cpu", learning_starts=1_280, steps_per_update=8, batch_size=128)
-REAL |= dict(critic_hidden=64, actor_hidden=64, eval_interval=19_200, checkpoint_interval=9_600, policy="gaussian")
+REAL = dict(total_timesteps=12_800, num_envs=E, device="cpu", learning_starts=1_280, steps_per_update=8, batch_size=128)
+REAL |= dict(critic_hidden=64, actor_hidden=64, eval_interval=12_800, checkpoint_interval=6_400, policy="gaussian")
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +491,7 @@ def trained(tmp_path_factory):
     process = subprocess.Popen(program, cwd=folder, env=environment, stdout=log, stderr=log)
 
     def half_way():
-        return any(global_step(checkpoint) == 9_600 for checkpoint in folder.glob("runs/*/checkpoint.pt"))
+        return any(global_step(checkpoint) == 6_400 for checkpoint in folder.glob("runs/*/checkpoint.pt"))
 
     wait_for(process, half_way)
     (run_dir,) = folder.glob("runs/*")
