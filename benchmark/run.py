@@ -169,7 +169,7 @@ def train(run: Run) -> None:
     sys.path.insert(0, str(ROOT))
     script = importlib.import_module(Path(run.script).stem)
     stopped = run.run_dir("checkpoint.*")
-    sys.argv = [run.script, *(("--resume", str(stopped)) if stopped else run.command[1:])]
+    sys.argv = [*run.command, *(("--resume", str(stopped)) if stopped else ())]  # a module to import is named again
     with open("output.txt", "a") as output, redirect_stdout(output), redirect_stderr(output):
         try:
             script.main(*script.read_command_line())

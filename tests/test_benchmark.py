@@ -17,6 +17,7 @@ from helpers import evaluations
 ray = pytest.importorskip("ray", reason="needs pip install -r requirements-benchmark.txt")
 from ray.cluster_utils import Cluster  # noqa: E402
 
+import ddpl_mpe  # noqa: E402
 from benchmark import run as benchmark_run  # noqa: E402
 
 SCRIPT = benchmark_run.__file__
@@ -114,6 +115,22 @@ def test_a_list_is_run_resumed_and_collected():
     assert len(list(Path(f"runs/benchmark/{SPREAD}").glob("gaussian_1.*"))) == 1
     origins = json.loads(Path(f"results/{SPREAD}/origins.json").read_text())
     assert "0.002" in origins["gaussian_1"]["command"]
+
+
+def test_a_run_that_goes_on_is_given_its_flags_again(monkeypatch):
+    """A script resumes a task from a module to import only where the command names it."""
+    run, *_ = benchmark_run.read_list(Path("list.toml"), Path("runs"), (SPREAD,))
+    stopped = run.folder / "runs" / "one"
+    stopped.mkdir(parents=True)
+    (stopped / "checkpoint.pt").touch()
+    (run.folder / "origin.json").write_text(json.dumps({"command": run.command}))
+    seen = []
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.chdir(Path.cwd())  # and back in the end
+    monkeypatch.setattr(ddpl_mpe, "read_command_line", lambda: ())
+    monkeypatch.setattr(ddpl_mpe, "main", lambda: seen.append(sys.argv))
+    benchmark_run.train._function(run)
+    assert seen == [[*run.command, "--resume", str(stopped)]]
 
 
 @pytest.mark.slow
