@@ -352,8 +352,11 @@ def test_a_replay_follows_the_real_episode_where_the_model_is_the_simulator(monk
     episode = world4rl.play_episode(task, 1, lambda state: rng.uniform(-2, 2, 2), 20, stop=False)
 
     def exact(states, actions):
-        task.state = states[0, -1].numpy()
-        return torch.tensor(task.step(actions[0, -1].numpy())[0])[None].float()
+        moved = []
+        for state, action in zip(states[:, -1], actions[:, -1]):
+            task.state = state.numpy()
+            moved.append(task.step(action.numpy())[0])
+        return torch.tensor(np.array(moved)).float()
 
     monkeypatch.setattr(learner, "next_state", exact)
     for imagined in world4rl.replay(learner, episode, samples=2):
