@@ -345,12 +345,16 @@ def measure_isaaclab() -> None:
 
 
 def measure_processes() -> None:
-    """ddpl_isaaclab.py under torchrun: steps a second of one, two and four processes, each with 256 environments."""
+    """ddpl_isaaclab.py under torchrun: steps a second of one, two and four processes, each with 256 environments.
+
+    An update learns from the batches of all processes, so there are fewer of them to a step: each process has the same
+    work whatever their number.
+    """
     rates = {}
     for processes in (1, 2, 4):
         steps = processes * 15_360
-        flags = f"--device cpu --total-timesteps {steps} --learning-starts {steps // 3}"
-        command = f"-m torch.distributed.run --nproc-per-node {processes} {ROOT / 'ddpl_isaaclab.py'} {flags}"
+        flags = f"--total-timesteps {steps} --learning-starts {steps // 3} --steps-per-update {32 * processes}"
+        command = f"-m torch.distributed.run --nproc-per-node {processes} {ROOT / 'ddpl_isaaclab.py'} --device cpu {flags}"
         environment = {"ISAACSIM_ASSET_ROOT": str(ROOT / "tests/assets"), "OMP_NUM_THREADS": "1"} | os.environ
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, *command.split()], cwd=folder, env=environment, check=True)
