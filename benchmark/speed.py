@@ -353,8 +353,9 @@ def measure_processes() -> None:
     rates = {}
     for processes in (1, 2, 4):
         steps = processes * 15_360
-        flags = f"--total-timesteps {steps} --learning-starts {steps // 3} --steps-per-update {32 * processes}"
-        command = f"-m torch.distributed.run --nproc-per-node {processes} {ROOT / 'ddpl_isaaclab.py'} --device cpu {flags}"
+        flags = f"--device cpu --total-timesteps {steps} --learning-starts {steps // 3}"
+        flags += f" --steps-per-update {32 * processes}"
+        command = f"-m torch.distributed.run --nproc-per-node {processes} {ROOT / 'ddpl_isaaclab.py'} {flags}"
         environment = {"ISAACSIM_ASSET_ROOT": str(ROOT / "tests/assets"), "OMP_NUM_THREADS": "1"} | os.environ
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, *command.split()], cwd=folder, env=environment, check=True)
