@@ -945,6 +945,10 @@ class StackedAgents:
         obs = self._stack(obs)
         return obs, self._state(obs)
 
+    def stagger(self) -> None:
+        """Move each environment's clock to a random step of its episode, so that from now on some end at every step."""
+        self.env.episode_length_buf = torch.randint_like(self.env.episode_length_buf, self.env.max_episode_length)
+
     def step(self, actions: Tensor) -> Step:
         """One step with actions [E, N, D] in [-1, 1]."""
         actions = [action[:, :size] for action, size in zip(actions.unbind(1), self.action_sizes)]
@@ -1152,6 +1156,7 @@ def training_loop(
             last_checkpoint = progress.global_step
         if obs is None or checkpoint_due:
             obs, state = env.reset(process_seed(0, args.seed, progress.global_step))
+            env.stagger()  # else all start again in the same step, and the replay buffer sees starts in waves
             sums[0] += obs.sum() + state.sum()
             returns = torch.zeros(args.num_envs, device=device)
 

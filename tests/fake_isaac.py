@@ -28,6 +28,7 @@ class FakeMARLEnv(gym.Env):
         self.sizes = {"left": (2, 2), "right": (1, 1)}
         self.state_space = Box(-9, 9, (cfg.state_space,)) if cfg.state_space > 0 else None
         self.device = cfg.device
+        self.max_episode_length = LENGTH
         self.extras = {agent: {} for agent in self.possible_agents}
         self.closed = False
         torch.seed()  # nothing may depend on what a simulation draws while it starts
@@ -44,15 +45,16 @@ class FakeMARLEnv(gym.Env):
     def reset(self, seed=None, options=None):
         if seed is not None:
             self.seed(seed)
-        self.x, self.steps = torch.zeros(2, self.num_envs, device=self.device)
+        self.x = torch.zeros(self.num_envs, device=self.device)
+        self.episode_length_buf = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         self._start(torch.ones(self.num_envs, dtype=torch.bool, device=self.device))
         return self._obs(), self.extras
 
     def step(self, actions):
         self.actions = actions
         self.x = self.x + 0.2 * (actions["left"].sum(-1) + actions["right"][:, 0])
-        self.steps = self.steps + 1
-        terminated, truncated = self.x.abs() > 1, self.steps >= LENGTH
+        self.episode_length_buf = self.episode_length_buf + 1
+        terminated, truncated = self.x.abs() > 1, self.episode_length_buf >= LENGTH
         reward = 1 - self.x.square()
         if self.device == "meta" or (terminated | truncated).any():
             if getattr(self.cfg, "compute_final_obs", False):
@@ -70,10 +72,10 @@ class FakeMARLEnv(gym.Env):
 
     def _start(self, which):
         self.x = torch.where(which, torch.rand(self.num_envs, device=self.device) - 0.5, self.x)
-        self.steps = torch.where(which, 0, self.steps)
+        self.episode_length_buf = torch.where(which, 0, self.episode_length_buf)
 
     def _obs(self):
-        return {"left": torch.stack([self.x, self.steps], 1), "right": self.x[:, None] + 10}
+        return {"left": torch.stack([self.x, self.episode_length_buf], 1), "right": self.x[:, None] + 10}
 
 
 def install(version=3, state_space=-1, bounds=(-float("inf"), float("inf"))):

@@ -75,19 +75,26 @@ def test_actions_are_scaled_where_there_are_bounds(fake):
 
 @pytest.mark.parametrize("options", [dict(), dict(version=2), dict(state_space=4)], ids=str)
 def test_replay_holds_true_next_observations_or_does_not_bootstrap(options, fake, monkeypatch):
-    """Known are the final observations in 3.0, and the final states too where they consist of observations."""
+    """Known are the final observations in 3.0, and the final states too where they consist of observations.
+
+    After a reset the environments' clocks stand apart, which the observations show from the next step on.
+    """
     fake(**options)
     rows = recorded(ddpl_isaaclab, monkeypatch, **FAKE)
     x, pushes = rows.obs[..., 0, 0], rows.actions.sum((-1, -2))
-    final_x, final_step = x + 0.2 * pushes, rows.obs[..., 0, 1] + 1
-    fell, late = final_x.abs() > 1, final_step == fake_isaac.LENGTH
+    final_x, clock = x + 0.2 * pushes, rows.next_obs[..., 0, 1]
+    fell = final_x.abs() > 1
+    late = (clock == fake_isaac.LENGTH) | (clock == 0) & ~fell  # 0: of the next episode, in 2.3
     assert fell.any() and late.any() and (fell & ~late).any()
     known = torch.ones_like(fell) if options.get("version") != 2 else ~(fell | late)
     torch.testing.assert_close(rows.next_obs[..., 0, 0][known], final_x[known])
-    assert torch.equal(rows.next_obs[..., 0, 1][known], final_step[known])
     assert torch.equal(rows.terminated.bool(), fell | late if options else fell)
     checkpoint_or_evaluation = torch.zeros(199, dtype=torch.bool)
     checkpoint_or_evaluation[[49, 99, 149]] = True
+    reset = torch.cat([torch.ones(1, dtype=torch.bool), checkpoint_or_evaluation])
+    assert torch.equal(clock[~reset][known[~reset]], (rows.obs[..., 0, 1] + 1)[~reset][known[~reset]])
+    assert (rows.obs[reset][..., 0, 1] == 0).all()
+    assert all(len(set(clocks.tolist())) > 3 for clocks in clock[reset])
     continues = (rows.next_obs[:-1] == rows.obs[1:]).flatten(2).all(-1)
     ends = (fell | late)[:-1] | checkpoint_or_evaluation[:, None]
     assert torch.equal(continues, ~ends | ((options.get("version") == 2) & ~checkpoint_or_evaluation[:, None]))
