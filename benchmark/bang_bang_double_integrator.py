@@ -54,7 +54,8 @@ class DoubleIntegrator(gym.Env):
 
 
 gym.register("DoubleIntegrator-v0", DoubleIntegrator, max_episode_steps=200)
-SETTINGS = dict(env_id="DoubleIntegrator-v0", total_timesteps=100_000, num_steps=1024, eval_interval=100_000)
+SETTINGS = dict(env_id="DoubleIntegrator-v0", total_timesteps=100_000, eval_interval=100_000)
+SETTINGS |= dict(num_envs=1, num_steps=1024, checkpoint_interval=20_000, compile=False)
 
 
 def optimal_force(states: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Speed of the scripts as ratios, each of things measured side by side in this run (absolute times drift).
 
 python benchmark/speed.py           # some ten minutes on an idle machine, most of them to compile and start
-python benchmark/speed.py smax      # one part: mpe, compiled, mamujoco, isaaclab, processes, qvpo, world4rl or smax
+python benchmark/speed.py smax      # one part: mpe, compiled, mamujoco, isaaclab, processes, qvpo, bang_bang,
+                                # world4rl or smax
 python benchmark/speed.py --full    # also the default run of ddpl_mpe.py, for its time and memory: some minutes more
 """
 
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import chdir
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -30,6 +32,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bang_bang  # noqa: E402
 import ddpl_isaaclab  # noqa: E402
 import ddpl_mamujoco  # noqa: E402
 import ddpl_mpe  # noqa: E402
@@ -184,6 +187,28 @@ def measure_qvpo() -> None:
     ms = medians(50, both=both, critic=critic)
     average = ms["critic"] + (ms["both"] - ms["critic"]) / learner.args.policy_frequency
     print(f"one update at --preset laptop, on average   ms    {average:.1f}")
+
+
+def measure_bang_bang() -> None:
+    """bang_bang.py on walker-walk, playing and learning: eight copies against one, and compiled."""
+    variants = {
+        "one copy": dict(num_envs=1, num_steps=2048, compile=False),
+        "eight": dict(compile=False),
+        "eight, compiled": dict(),
+    }
+
+    def seconds(steps: int, options: dict) -> float:
+        args = bang_bang.Args("dm_control/walker-walk-v0", final_eval_episodes=1, total_timesteps=steps, **options)
+        result = bang_bang.train(args)
+        return result["global_step"] / result["env_steps_per_second"]
+
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        seconds(2_048, variants["eight, compiled"])  # the next ones compile from the cache
+        start = {name: seconds(8_192, options) for name, options in variants.items()}
+        ms = {name: 1e3 * (seconds(32_768, options) - start[name]) / 24_576 for name, options in variants.items()}
+    print("bang_bang.py, one step, walker-walk         ms    " + "  ".join(f"{n}: {v:.2f}" for n, v in ms.items()))
+    for name in ("eight", "eight, compiled"):
+        print(f"  {name:15} / one copy                {ms[name] / ms['one copy']:.2f}")
 
 
 def seconds_of(function) -> float:
@@ -377,6 +402,7 @@ def main() -> None:
         measure_isaaclab,
         measure_processes,
         measure_qvpo,
+        measure_bang_bang,
         measure_world4rl,
         measure_smax,
     )
