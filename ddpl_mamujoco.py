@@ -128,6 +128,8 @@ class Algorithm:
     """How many of the critics' standard deviations the target lies below their mean."""
     critic_hidden: int = 128
     """Width of the central critics' two hidden layers."""
+    layer_norm: bool = False
+    """Normalise these layers (LayerNorm), so that values do not run away where nothing has been seen for long."""
     actor_hidden: int = 128
     """Width of the policies' two hidden layers."""
 
@@ -436,19 +438,22 @@ def make_policy(
 class CriticEnsemble(nn.Module):
     """K centralised critics Q_k(s, a_1..a_N) of the team reward. Their mean is Q; how they differ, how sure it is."""
 
-    def __init__(self, num_critics: int, state_size: int, num_agents: int, action_size: int, hidden: int):
+    def __init__(
+        self, num_critics: int, state_size: int, num_agents: int, action_size: int, hidden: int, layer_norm: bool
+    ):
         super().__init__()
         self.state = StackedLinear(num_critics, state_size, hidden)
         self.actions = stacked_weight(num_critics, num_agents * action_size, hidden)
         self.hidden = StackedLinear(num_critics, hidden, hidden)
         self.value = StackedLinear(num_critics, hidden, 1)
+        self.norm = nn.LayerNorm(hidden, elementwise_affine=False) if layer_norm else nn.Identity()
 
     def forward(self, state: Tensor, actions: Tensor) -> Tensor:
         """Values [K, B] of states [B, S] and joint actions [N, B, D]."""
         num_critics = len(self.actions)
         state, joint = (x.expand(num_critics, -1, -1) for x in (state, actions.transpose(0, 1).flatten(1)))
-        hidden = F.relu(affine(joint, self.actions, self.state(state)))
-        return self.value(F.relu(self.hidden(hidden))).squeeze(-1)
+        hidden = F.relu(self.norm(affine(joint, self.actions, self.state(state))))
+        return self.value(F.relu(self.norm(self.hidden(hidden)))).squeeze(-1)
 
     @torch.no_grad()
     def score(self, state: Tensor, actions: Tensor, candidates: Tensor) -> Tensor:
@@ -466,8 +471,8 @@ class CriticEnsemble(nn.Module):
         shared = affine(joint, self.actions, self.state(state.unflatten(0, (num_critics, -1))))
         others = shared[:, None] - actions @ own  # [K, N, B / K, H]
         hidden = (candidates.flatten(2, 3) @ own).unflatten(2, (num_candidates, -1))  # [K, N, M, B / K, H]
-        hidden = hidden.add_(others[:, :, None]).relu_().flatten(1, 3)
-        values = self.value(self.hidden(hidden).relu_()).view(candidates.shape[:4])
+        hidden = self.norm(hidden.add_(others[:, :, None])).relu_().flatten(1, 3)
+        values = self.value(self.norm(self.hidden(hidden)).relu_()).view(candidates.shape[:4])
         return values.permute(1, 2, 0, 3).flatten(2)
 
 
@@ -551,7 +556,7 @@ class Learner(nn.Module):
         if args.policy == "diffusion":
             self.local_critic = LocalCritic(stack, obs_size, action_size, args.local_critic_hidden)
         self.average_policy = deepcopy(self.policy).requires_grad_(False)
-        sizes = args.num_critics, state_size, num_agents, action_size, args.critic_hidden
+        sizes = args.num_critics, state_size, num_agents, action_size, args.critic_hidden, args.layer_norm
         self.critic = CriticEnsemble(*sizes)
         self.target_critic = CriticEnsemble(*sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())

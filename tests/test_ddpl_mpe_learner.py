@@ -38,9 +38,10 @@ def make_batch(learner, batch_size=16, obs_size=4):
     return Batch(obs, actions, torch.randn(batch_size), torch.zeros(batch_size), next_obs)
 
 
-def test_scores_equal_the_critics_asked_one_candidate_at_a_time():
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_scores_equal_the_critics_asked_one_candidate_at_a_time(layer_norm):
     """Each on its share of the states: the first critic on the first two, and so on."""
-    critic = CriticEnsemble(4, 12, 3, 2, 32)
+    critic = CriticEnsemble(4, 12, 3, 2, 32, layer_norm)
     state, actions, candidates = torch.randn(8, 12), torch.rand(3, 8, 2), torch.rand(3, 6, 8, 2)
     scores, b = critic.score(state, actions, candidates), torch.arange(8)
     for agent in range(3):
@@ -52,8 +53,16 @@ def test_scores_equal_the_critics_asked_one_candidate_at_a_time():
 
 def test_critics_are_initialised_apart():
     """Their disagreement is what makes the target pessimistic."""
-    values = CriticEnsemble(4, 12, 3, 2, 32)(torch.randn(8, 12), torch.rand(3, 8, 2))
+    values = CriticEnsemble(4, 12, 3, 2, 32, False)(torch.randn(8, 12), torch.rand(3, 8, 2))
     assert values.shape == (4, 8) and values.std(0).min() > 0
+
+
+def test_layer_norm_bounds_the_values_of_states_never_seen():
+    """Both layers are brought to mean 0 and variance 1, so no value exceeds that of the longest such vector."""
+    actions, far = torch.rand(3, 8, 2), 1e6 * torch.randn(8, 12)
+    plain, normal = (CriticEnsemble(4, 12, 3, 2, 32, layer_norm) for layer_norm in (False, True))
+    bound = 32**0.5 * normal.value.weight.norm(dim=1) + normal.value.bias.abs()[..., 0]
+    assert (normal(far, actions).abs() < bound).all() and plain(far, actions).abs().max() > 1000 * bound.max()
 
 
 def test_gaussian_log_prob_equals_torch_distributions():
