@@ -81,7 +81,7 @@ class Task:
     """A registered multi-agent task of Isaac Lab's direct workflow; module:task imports a module that registers it."""
     num_envs: int = 256
     """Environments, in every process."""
-    total_timesteps: int = 153_600
+    total_timesteps: int = 230_400
     """Environment steps (frames) in all, summed over environments and processes."""
     seed: int = 1
     """Seed of networks, exploration, replay and episodes."""

@@ -434,5 +434,5 @@ def test_video_where_nothing_can_be_drawn(monkeypatch):
 def test_learns_to_stand_a_pendulum():
     """A random policy scores about -1200, one that stands it at once about -150."""
     options = dict(total_timesteps=6_000, eval_interval=6_000, final_eval_episodes=10)
-    args = Args(denoising_steps=5, hidden=64, num_candidates=8, critic_lr=1e-3, **options)
+    args = Args(denoising_steps=5, hidden=64, num_candidates=8, batch_size=128, critic_lr=1e-3, **options)
     assert train(args)["final_return"] > -200
