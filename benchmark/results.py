@@ -27,6 +27,7 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mamujoco": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "isaaclab_longer": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "qvpo": {"qvpo": "tab:blue", "sac": "tab:orange"},
     "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
@@ -155,7 +156,8 @@ def success_arms(task: Path) -> dict[str, tuple[Path, str]]:
     """Folder and colour of every arm of an Isaac Lab task: ours and, where it was run, skrl's MAPPO."""
     mappo = RESULTS / "isaaclab_mappo" / task.name
     arms = {arm: (task, color) for arm, color in ARMS["isaaclab"].items()}
-    return arms | ({"mappo": (mappo, "gray")} if mappo.exists() else {})
+    compared = task.parent.name == "isaaclab" and mappo.exists()
+    return arms | ({"mappo": (mappo, "gray")} if compared else {})
 
 
 def plot_success(task: Path) -> None:
@@ -228,7 +230,7 @@ def report() -> None:
     comparison.plot(RESULTS / "comparison.png", groups)
     print("\n".join(comparison.table(groups)), end="\n\n")
     for benchmark in (name for name in ARMS if list((RESULTS / name).glob("*/*.csv"))):
-        if benchmark == "isaaclab":
+        if benchmark.startswith("isaaclab"):
             print("| policy | final success rate | each seed | frames until 0.99, each seed |\n|---|---|---|---|")
             for task in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
                 plot_success(task)
