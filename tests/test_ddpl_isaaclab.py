@@ -485,7 +485,8 @@ def test_pendulum_repeats_itself(pendulum):
 
 
 REAL = dict(total_timesteps=12_800, num_envs=E, device="cpu", learning_starts=1_280, steps_per_update=8, batch_size=128)
-REAL |= dict(critic_hidden=64, actor_hidden=64, eval_interval=12_800, checkpoint_interval=6_400, policy="gaussian")
+REAL |= dict(critic_hidden=64, actor_hidden=64, eval_interval=12_800, checkpoint_interval=6_400)
+REAL |= dict(policy="gaussian", tau=0.1)
 
 
 @pytest.fixture(scope="module")
