@@ -33,7 +33,7 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
 }
 
 # What a benchmark is judged by, if not by the return
-SCORES = {"smax": "win_rate", "isaaclab": "success_rate", "isaaclab_mappo": "success_rate"}
+SCORES = {"smax": "win_rate"} | dict.fromkeys(("isaaclab", "isaaclab_longer", "isaaclab_mappo"), "success_rate")
 
 
 def place(args: dict) -> tuple[str, str, str]:
