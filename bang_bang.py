@@ -2,8 +2,7 @@
 
 Seyde, Gilitschenski, Schwarting, Stellato, Riedmiller, Wulfmeier, Rus, "Is Bang-Bang Control All You Need? Solving
 Continuous Control with Bernoulli Policies", NeurIPS 2021, arXiv 2111.02552. No code is public; the PPO here (Schulman
-et al. 2017) has the settings of CleanRL's ppo_continuous_action.py, its rollout shared by eight copies of the task, so
-that a Gaussian run is the usual baseline.
+et al. 2017) has the settings of CleanRL's ppo_continuous_action.py, so that a Gaussian run is the usual baseline.
 
     python bang_bang.py --env-id HalfCheetah-v5 --policy bernoulli
 
@@ -65,7 +64,7 @@ class Task:
 
     env_id: str = "HalfCheetah-v5"
     """A Gymnasium task with a Box of continuous actions, such as Pendulum-v1 or dm_control/walker-walk-v0."""
-    num_envs: int = 8
+    num_envs: int = 1
     """Copies of the task, stepped one after the other in this process."""
     total_timesteps: int = 200_000
     """Environment steps in all, summed over the copies (the last rollout is played to its end)."""
@@ -93,9 +92,9 @@ class Policy:
 
 @dataclass
 class PPO:
-    """Proximal policy optimisation; CleanRL's names and values, but that eight copies share its rollout."""
+    """Proximal policy optimisation; names and values are CleanRL's."""
 
-    num_steps: int = 256
+    num_steps: int = 2048
     """Steps of each copy in a rollout."""
     update_epochs: int = 10
     """Passes over a rollout."""
@@ -127,13 +126,12 @@ class Run:
     """Episodes of each evaluation, once with sampled actions (stochastic), once with the mode (deterministic)."""
     final_eval_episodes: int = 50
     """Episodes of the last evaluation, the one reported."""
-    checkpoint_interval: int = 50_000
+    checkpoint_interval: int = 20_000
     """Environment steps between checkpoints. Each also ends the copies' episodes early, as a time limit does."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks and rollouts live; auto is CUDA if there is one."""
-    compile: bool = True
-    """Run the minibatch steps through torch.compile: half a minute at first, then four times as fast (needs a C++
-    compiler)."""
+    compile: bool = False
+    """Run the minibatch steps through torch.compile (needs a C++ compiler)."""
     num_threads: int = 1
     """Threads of PyTorch; networks this small gain nothing from more."""
     capture_video: bool = False

@@ -28,7 +28,6 @@ COLORS = {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:
 SEEDS = (1, 2, 3)
 # PPO needs a shorter horizon and more copies than its defaults here; the same for all heads.
 SETTINGS = dict(total_timesteps=100_000, num_envs=4, num_steps=1024, gamma=0.9, learning_rate=1e-3)
-SETTINGS |= dict(checkpoint_interval=20_000, compile=False)
 
 
 def run(job: tuple[str, str, float, int]) -> dict:

@@ -54,8 +54,7 @@ class DoubleIntegrator(gym.Env):
 
 
 gym.register("DoubleIntegrator-v0", DoubleIntegrator, max_episode_steps=200)
-SETTINGS = dict(env_id="DoubleIntegrator-v0", total_timesteps=100_000, eval_interval=100_000)
-SETTINGS |= dict(num_envs=1, num_steps=1024, checkpoint_interval=20_000, compile=False)
+SETTINGS = dict(env_id="DoubleIntegrator-v0", total_timesteps=100_000, num_steps=1024, eval_interval=100_000)
 
 
 def optimal_force(states: np.ndarray) -> np.ndarray:

@@ -191,11 +191,8 @@ def measure_qvpo() -> None:
 
 def measure_bang_bang() -> None:
     """bang_bang.py on walker-walk, playing and learning: eight copies against one, and compiled."""
-    variants = {
-        "one copy": dict(num_envs=1, num_steps=2048, compile=False),
-        "eight": dict(compile=False),
-        "eight, compiled": dict(),
-    }
+    eight = dict(num_envs=8, num_steps=256)
+    variants = {"one copy": {}, "eight": eight, "eight, compiled": eight | dict(compile=True)}
 
     def seconds(steps: int, options: dict) -> float:
         args = bang_bang.Args("dm_control/walker-walk-v0", final_eval_episodes=1, total_timesteps=steps, **options)

@@ -39,7 +39,7 @@ DDPL = dict(critic_hidden=16, actor_hidden=16, batch_size=32, actor_batch_size=1
 ROBOT = dict(eval_episodes=1, denoising_steps=4, num_envs=4)
 FAKE = dict(num_envs=8, log_interval=100, steps_per_update=16, device="cpu")
 QVPO = dict(hidden=16, denoising_steps=3, num_candidates=4, batch_size=16, learning_starts=200, steps_per_update=4)
-PPO = dict(num_steps=100, num_minibatches=4, update_epochs=2, action_cost=0.01, compile=False)
+PPO = dict(num_steps=100, num_minibatches=4, update_epochs=2, action_cost=0.01)
 TRAJECTORIES = dict(total_trajectories=24, eval_interval=8, checkpoint_interval=8, horizon=50)  # of 50 steps each
 SRVR = dict(large_batch=4, small_batch=2, epoch_steps=3, learning_rate=1e-4)
 SCRIPTS = {  # the arguments of a small run
@@ -739,7 +739,7 @@ INVALID = [  # in every script that has the first of them
     dict(bins=1001),
     dict(num_steps=0),
     dict(num_minibatches=2048),
-    dict(num_minibatches=25, num_steps=101, num_envs=1),  # the last has one step, so no deviation
+    dict(num_minibatches=25, num_steps=101),  # twenty of five steps and one of one step, which has no deviation
     dict(gae_lambda=-0.1),
     dict(clip_coef=0.0),
     dict(action_cost=-0.1),
