@@ -2,7 +2,7 @@
 
 python benchmark/speed.py           # some ten minutes on an idle machine, most of them to compile and start
 python benchmark/speed.py smax      # one part: mpe, compiled, mamujoco, isaaclab, processes, qvpo, bang_bang,
-                                # world4rl or smax
+                                    # world4rl or smax
 python benchmark/speed.py --full    # also the default run of ddpl_mpe.py, for its time and memory: some minutes more
 """
 
