@@ -2,6 +2,7 @@
 
     python benchmark/ddpl_smax_jax_diagnosis.py              # win rates of scripted teams on three maps
     python benchmark/ddpl_smax_jax_diagnosis.py RUN_DIR      # the parts and the critics of a run (its first seed)
+    python benchmark/ddpl_smax_jax_diagnosis.py TEAM.safetensors      # the parts alone, which need no checkpoint
 
 Writes benchmark/results/smax/scripts.csv, and of a run parts_<map>_<policy>.csv and critic_<map>_<policy>.png.
 """
@@ -157,12 +158,12 @@ def load(run_dir: Path) -> tuple:
     return args, env, jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), training.learner)
 
 
-def replaced_parts(args: smax.Args, env, learner: smax.Learner) -> None:
-    """Win rates and returns of the deterministic policies when parts of their actions are the script's."""
+def replaced_parts(args: smax.Args, env, policy) -> None:
+    """Win rates and returns of deterministic policies when parts of their actions are the script's."""
 
     def battles(parts: Array) -> tuple[Array, Array]:
         def team(key: Array, obs: Array) -> Array:
-            return mixed(env, parts, smax.act(learner.average_policy, env, key, obs[None], True)[0], obs)
+            return mixed(env, parts, smax.act(policy, env, key, obs[None], True)[0], obs)
 
         _, _, after, playing = play_all(env, team)
         return (after.won & playing).any(1).mean(), (after.reward * playing).sum(1).mean()
@@ -182,7 +183,7 @@ def replaced_parts(args: smax.Args, env, learner: smax.Learner) -> None:
 def critics(args: smax.Args, env, learner: smax.Learner) -> None:
     """Plot and print what the central and local critics say along battles of the run's own policies."""
     (obs, state), actions, after, playing = play_all(
-        env, lambda key, obs: smax.act(learner.average_policy, env, key, obs[None])[0]
+        env, lambda key, obs: smax.act(policy, env, key, obs[None])[0]
     )
 
     # The returns that came of it, bootstrapped with 0 at the time limit, whose battles are left out.
@@ -232,6 +233,10 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         scripted_teams()
     for run in sys.argv[1:]:
-        loaded = load(Path(run))
-        replaced_parts(*loaded)
-        critics(*loaded)
+        if run.endswith(".safetensors"):
+            team, team_args = smax.load_team(run)
+            replaced_parts(team_args, smax.make_env(team_args), team)
+            continue
+        args, env, learner = load(Path(run))
+        replaced_parts(args, env, learner.average_policy)
+        critics(args, env, learner)

@@ -51,7 +51,9 @@ def place(args: dict) -> tuple[str, str, str]:
     if args["script"] == "bang_bang":
         squash = "-tanh" if args["squash"] == "tanh" else ""
         entropy = f"-entropy{args['ent_coef']}" if args["ent_coef"] else ""
-        return "bang_bang", task, args["policy"] + squash + entropy
+        several = args["num_envs"] > 1 and task.startswith("dm_control")  # Pendulum's table has four for every head
+        copies = f"-{args['num_envs']}-copies" if several else ""
+        return "bang_bang", task, args["policy"] + squash + entropy + copies
     return "qvpo", task, args["script"] + ("-bfloat16" if args.get("bfloat16") else "")
 
 
@@ -116,12 +118,30 @@ def plot(task: Path) -> None:
         axes.plot(steps / 1000, scores.T, color=color, linewidth=0.5, alpha=0.4)
         axes.plot(steps / 1000, scores.mean(0), color=color, label=f"{arm} ({len(scores)} seeds)")
         axes.fill_between(steps / 1000, *interval(bootstrap(scores)), color=color, alpha=0.2, linewidth=0)
+    if task.parent.name == "smax":
+        for rates in ippo_curves(task.name):
+            upto = rates[:, 0] <= steps[-1]
+            axes.plot(*(rates[upto] / (1000, 1)).T, color="gray", linewidth=0.7, label="IPPO, discrete, one seed")
     score = SCORES.get(task.parent.name, "return").replace("_", " ")
     axes.set(title=task.name, xlabel="thousand environment steps", ylabel=score)
-    axes.legend()
+    lines = dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    axes.legend(lines.values(), lines.keys())
     figure.tight_layout()
     figure.savefig(task.with_suffix(".png"))
     plt.close(figure)
+
+
+def ippo_curves(map_name: str, window: int = 40_000) -> list[np.ndarray]:
+    """Steps and win rates [windows, 2] of each seed of the package's IPPO in training, means over `window` steps."""
+    with open(RESULTS / "smax" / "ippo.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["map"] == map_name]
+    curves = []
+    for seed in sorted({row["seed"] for row in rows}):
+        points = np.array([(int(r["global_step"]), float(r["win_rate"])) for r in rows if r["seed"] == seed])
+        ends = np.arange(window, points[-1, 0], window)
+        means = [points[(points[:, 0] > end - window) & (points[:, 0] <= end), 1].mean() for end in ends]
+        curves.append(np.stack([ends, means], axis=1))
+    return curves
 
 
 def table_rows(task: Path) -> list[str]:
