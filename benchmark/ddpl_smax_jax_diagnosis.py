@@ -183,7 +183,7 @@ def replaced_parts(args: smax.Args, env, policy) -> None:
 def critics(args: smax.Args, env, learner: smax.Learner) -> None:
     """Plot and print what the central and local critics say along battles of the run's own policies."""
     (obs, state), actions, after, playing = play_all(
-        env, lambda key, obs: smax.act(policy, env, key, obs[None])[0]
+        env, lambda key, obs: smax.act(learner.average_policy, env, key, obs[None])[0]
     )
 
     # The returns that came of it, bootstrapped with 0 at the time limit, whose battles are left out.
