@@ -24,7 +24,7 @@ docs/ddpl_smax_jax.md numbers the implementation details, docs/runs.md explains 
 A team that has been trained is one small file, which --evaluate plays, and which Python loads:
 
     from ddpl_smax_jax import load_team
-    policy, args = load_team("benchmark/teams/3m.safetensors")
+    policy, args = load_team("benchmark/teams/2s3z.safetensors")
     actions = policy.sample(key, obs, deterministic=True)  # [N, B, O] -> [N, B, D], in [-1, 1]
 
 To fork it for another environment in JAX, rewrite the section on the environment: make_env, and the arrays that reset,
