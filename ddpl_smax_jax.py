@@ -356,6 +356,13 @@ def stacked_weight(key: Array, stack: int, in_features: int, out_features: int) 
     return jax.random.uniform(key, (stack, in_features, out_features), minval=-bound, maxval=bound)
 
 
+def product(x: Array, weight: Array) -> Array:
+    """x [S, B, in] times weight [S or 1, in, out]: one product of two matrices where a stack of one serves all."""
+    if len(weight) > 1:
+        return x @ weight
+    return (x.reshape(-1, x.shape[-1]) @ weight[0]).reshape(*x.shape[:-1], -1)
+
+
 class StackedLinear(NamedTuple):
     """`stack` linear layers as one batched matrix product: [S, B, in] -> [S, B, out]."""
 
@@ -367,7 +374,7 @@ class StackedLinear(NamedTuple):
         return cls(stacked_weight(key, stack, in_features, out_features), jnp.zeros((stack, 1, out_features)))
 
     def __call__(self, x: Array) -> Array:
-        return x @ self.weight + self.bias
+        return product(x, self.weight) + self.bias
 
 
 def layer_norm(x: Array) -> Array:
@@ -399,7 +406,7 @@ class DiffusionPolicy(NamedTuple):
 
     def __call__(self, context: Array, x_t: Array) -> Array:
         """v [N, B, D] of noisy actions [N, B, D]; context [N, B, H] is the first layer's sum over (observation, t)."""
-        hidden = silu(context + x_t @ self.noisy_action)
+        hidden = silu(context + product(x_t, self.noisy_action))
         return self.velocity(silu(self.hidden(hidden)))
 
     def sample(self, key: Array, obs: Array, deterministic: Array | bool = False) -> Array:
@@ -555,7 +562,7 @@ class LocalCritic(NamedTuple):
     def __call__(self, obs: Array, candidates: Array) -> Array:
         """Values [N, M, B], up to a constant per observation, of candidates [N, M, B, D] at observations [N, B, O]."""
         rows = candidates.reshape(len(candidates), -1, ACTION_SIZE)
-        hidden = (rows @ self.action).reshape(*candidates.shape[:3], -1) + self.observation(obs)[:, None]
+        hidden = product(rows, self.action).reshape(*candidates.shape[:3], -1) + self.observation(obs)[:, None]
         hidden = relu(hidden).reshape(*rows.shape[:2], -1)
         return self.value(relu(self.hidden(hidden))).reshape(candidates.shape[:3])
 
@@ -710,7 +717,7 @@ def update_diffusion(
 
     def squared_error(policy: DiffusionPolicy) -> Array:
         features = jnp.tile(policy.observation(obs), (1, args.num_noise_draws, 1))
-        prediction = policy(features + one_hot_t @ policy.time, x_t.reshape(num_agents, -1, ACTION_SIZE))
+        prediction = policy(features + product(one_hot_t, policy.time), x_t.reshape(num_agents, -1, ACTION_SIZE))
         error = prediction.reshape(velocity.shape) - velocity
         error = error * block[:, None, None]  # the other dimensions would learn from themselves
         return masked_mean((error**2).mean((1, 3)), alive)

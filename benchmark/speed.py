@@ -316,6 +316,46 @@ def measure_smax() -> None:
         f"  share of simulation, acting, learning              {shares[0]:.0%}, {shares[1]:.0%}, {1 - sum(shares):.0%}"
     )
     print(f"  eight seeds side by side / eight runs              {ms['eight'] / 8 / ms['whole']:.2f}")
+    for policy in ("diffusion", "gaussian"):
+        parts = smax_update_milliseconds(replace(args, policy=policy), env)
+        print(f"  {policy}, ms of an update: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items()))
+
+
+def smax_update_milliseconds(args: ddpl_smax_jax.Args, env) -> dict[str, float]:
+    """Milliseconds of an update and of its parts, each many times in one compiled loop, as in training."""
+    shapes, keys = ddpl_smax_jax.batch_shapes(env), jax.random.split(jax.random.key(0), 16)
+    learner = ddpl_smax_jax.begin(env, args, 0).learner
+    transitions = [jax.random.normal(key, (args.batch_size, *shape)).clip(-1, 1) for key, shape in zip(keys, shapes)]
+    batch = ddpl_smax_jax.Batch(*(x.swapaxes(0, 1) if x.ndim > 2 else x for x in transitions))
+    alive = jnp.ones(batch.obs.shape[:2])
+
+    def update(learner, key):
+        return ddpl_smax_jax.update(learner, batch, alive, alive, args, key)[0]
+
+    def sample(learner, key):
+        change = learner.policy.sample(key, batch.next_obs).mean()  # so that the compiler leaves nothing out
+        return learner._replace(log_temperature=learner.log_temperature + 1e-9 * change)
+
+    def update_critic(learner, key):
+        return ddpl_smax_jax.update_critic(learner, batch, batch.actions, args)[0]
+
+    def score(learner, key):
+        rows = slice(args.actor_batch_size)
+        state, actions = (batch.obs[:, rows], batch.state[rows]), batch.actions[:, rows]
+        candidates = jax.random.uniform(key, (len(actions), 16, *actions.shape[1:]))
+        change = learner.critic.score(state, actions, candidates).mean()
+        return learner._replace(log_temperature=learner.log_temperature + 1e-9 * change)
+
+    parts = {"in all": update, "actions": sample, "central critics": update_critic}
+    if args.policy == "diffusion":
+        parts["scores"] = score
+    loops = {
+        name: jax.jit(lambda learner, part=part: lax.scan(lambda x, key: (part(x, key), None), learner, keys)[0])
+        for name, part in parts.items()
+    }
+    ms = medians(10, warm_up=1, **{name: lambda f=f: jax.block_until_ready(f(learner)) for name, f in loops.items()})
+    ms = {name: value / len(keys) for name, value in ms.items()}
+    return ms | {"the policy's step, scores included": ms["in all"] - ms["actions"] - ms["central critics"]}
 
 
 def isaaclab_milliseconds(num_envs: int) -> dict[str, float] | str:
