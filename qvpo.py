@@ -97,9 +97,6 @@ class Sizes:
     """Critic updates for each policy update (laptop 2, paper 1)."""
     actor_lr: float | None = None
     """Learning rate of the policy (laptop 0.0003, paper 0.0001)."""
-    average_decay: float | None = None
-    """What the average of the policy's weights keeps of itself, each update; evaluations play the average (laptop
-    0.999, paper 0: none)."""
     learning_starts: int | None = None
     """Environment steps of uniformly random actions before the first update (laptop 1000, paper 10000)."""
 
@@ -114,6 +111,8 @@ class Algorithm:
     """Discount factor."""
     tau: float = 0.005
     """Step of the target networks, each update."""
+    average_decay: float = 0.0
+    """What the average of the policy's weights keeps of itself, each update; evaluations play the average (0: none)."""
     max_grad_norm: float = 2.0
     """Norm that gradients are clipped to."""
     buffer_size: int = 1_000_000
@@ -185,7 +184,6 @@ PRESETS = {
         "batch_size": 128,
         "policy_frequency": 2,
         "actor_lr": 3e-4,
-        "average_decay": 0.999,
         "learning_starts": 1_000,
     },
     "paper": {
@@ -197,7 +195,6 @@ PRESETS = {
         "batch_size": 256,
         "policy_frequency": 1,
         "actor_lr": 1e-4,
-        "average_decay": 0.0,
         "learning_starts": 10_000,
     },
 }
