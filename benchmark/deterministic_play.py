@@ -38,7 +38,7 @@ def first_guess(policy: nn.Module, obs: Tensor) -> Tensor:
 
 
 def probability_flow(policy: nn.Module, obs: Tensor) -> Tensor:
-    """From x_T = 0 along DDIM's deterministic path (Song et al. 2021), which maps the middle of the noise to an action."""
+    """From x_T = 0 along DDIM's deterministic path (Song et al. 2021): where the middle of the noise leads."""
     features = policy.observation(obs)
     x_t = torch.zeros(*obs.shape[:2], policy.mask.shape[-1])
     for t in range(len(policy.alphas_bar) - 1, 0, -1):

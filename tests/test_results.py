@@ -1,4 +1,4 @@
-"""benchmark/results.py and random_play.py: where runs go, the curves beside them and the zero of the scores."""
+"""benchmark/results.py, random_play.py, deterministic_play.py: where runs go, curves beside them, ways to play."""
 
 import csv
 import sys
@@ -6,11 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))  # results.py imports its neighbour as a script does
+import deterministic_play  # noqa: E402
 import random_play  # noqa: E402
 import results  # noqa: E402
 
+import ddpl_mpe  # noqa: E402
+
+TEAM = Path(__file__).parent.parent / "benchmark" / "teams" / "simple_spread_v3.safetensors"
 BANG_BANG = {"script": "bang_bang", "policy": "gaussian", "squash": "clip", "ent_coef": 0.0}
 
 
@@ -67,3 +72,40 @@ def test_random_play_has_a_row_for_each_task_with_returns(monkeypatch, tmp_path)
     assert [row["episodes"] for row in rows] == ["3", "1"]
     assert -60 < float(rows[0]["return_mean"]) < -10  # 25 steps, some one to two from the landmarks
     assert -30 < float(rows[1]["return_mean"]) < 30
+
+
+def test_ways_to_play_are_actions_and_all_but_sampling_are_steadier_than_it():
+    policy, _ = ddpl_mpe.load_team(TEAM)
+    obs = torch.randn(3, 5, policy.observation.weight.shape[1])
+    for name in deterministic_play.WAYS:
+        way = deterministic_play.Way(policy, name)
+        plays = torch.stack([way.sample(obs) for _ in range(8)])
+        assert plays.shape == (8, 3, 5, 2) and plays.abs().max() <= 1
+        spread = plays.std(0).mean()
+        assert spread > 0.1 if name == "sampled" else spread < 0.1
+        assert (spread == 0) == (name in ("x_T = 0, no noise", "probability flow", "first guess"))
+
+
+def test_the_first_guess_of_an_exact_denoiser_is_the_mean():
+    """For actions N(0.3, 0.2^2) E[a | x_T] = 0.3 + gain (x_T - sqrt(alpha_bar) 0.3), and v is what implies it."""
+    policy, _ = ddpl_mpe.load_team(TEAM)
+    signal, noise = policy.alphas_bar[-1].sqrt(), (1 - policy.alphas_bar[-1]).sqrt()
+
+    def velocity(context, x_t):
+        gain = signal * 0.2**2 / (signal**2 * 0.2**2 + noise**2)
+        denoised = 0.3 + gain * (x_t - signal * 0.3)
+        return (signal * x_t - denoised) / noise
+
+    policy.forward = velocity
+    guess = deterministic_play.first_guess(policy, torch.randn(3, 5, policy.observation.weight.shape[1]))
+    torch.testing.assert_close(guess, torch.full((3, 5, 2), 0.3), atol=0.001, rtol=0)
+
+
+def test_every_team_has_a_row_for_each_way(monkeypatch, tmp_path):
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    monkeypatch.setattr(deterministic_play, "ROOT", tmp_path)
+    monkeypatch.setattr(deterministic_play, "EPISODES", 3)
+    deterministic_play.main([str(TEAM)])
+    rows = list(csv.DictReader(open(tmp_path / "benchmark" / "results" / "deterministic_play.csv")))
+    assert [row["way"] for row in rows] == list(deterministic_play.WAYS)
+    assert all(-30 < float(row["return_mean"]) < -5 for row in rows)  # random play: -36
