@@ -436,8 +436,8 @@ class Learner(nn.Module):
     """What training changes: policy, critics, their targets and optimisers, all on one device.
 
     The networks are drawn on the CPU first, so a seed starts with the same ones on every device. `policy` is what the
-    gradients move and what acts in training; it fails at times, until it has seen what it does and mends it.
-    `average_policy`, the running average of its weights, wavers less and plays in evaluations.
+    gradients move and what acts in training. `average_policy`, the running average of its weights (or, at a decay of 0,
+    their copy), is what plays in evaluations.
     """
 
     def __init__(self, args: Args, obs_size: int, action_size: int, device: torch.device | str = "cpu"):

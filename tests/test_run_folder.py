@@ -705,6 +705,7 @@ INVALID = [  # in every script that has the first of them
     dict(gamma="high"),
     dict(gamma=math.nan),
     dict(tau=0.0),
+    dict(average_decay=1.0),
     dict(critic_lr=math.nan),
     dict(actor_lr=math.nan),
     dict(actor_lr="fast"),
