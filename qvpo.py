@@ -13,8 +13,7 @@ Optimization", NeurIPS 2024, arXiv 2405.16173. Where paper and official code dif
 4. The denoiser learns a* with its loss times w: a weighted variational bound on log pi(a* | s).
 5. It also learns ten uniform actions per state, with w times a coefficient that decays: the entropy term, without which
    the policy imitates its own best samples until nothing is left to choose from.
-6. Target networks follow. Evaluation plays the best of 32 candidates, of a policy with averaged weights where
-   --average-decay is above 0 (not in the paper).
+6. Target networks follow; evaluation plays the best of 32 candidates.
 
 --preset paper has the published sizes, --preset laptop (the default) ones that two cores train in minutes.
 docs/qvpo.md numbers the implementation details and explains the logged scalars.
@@ -111,8 +110,6 @@ class Algorithm:
     """Discount factor."""
     tau: float = 0.005
     """Step of the target networks, each update."""
-    average_decay: float = 0.0
-    """What the average of the policy's weights keeps of itself, each update; evaluations play the average (0: none)."""
     max_grad_norm: float = 2.0
     """Norm that gradients are clipped to."""
     buffer_size: int = 1_000_000
@@ -435,9 +432,7 @@ class Adam(torch.optim.Adam):
 class Learner(nn.Module):
     """What training changes: policy, critics, their targets and optimisers, all on one device.
 
-    The networks are drawn on the CPU first, so a seed starts with the same ones on every device. `policy` is what the
-    gradients move and what acts in training. `average_policy`, the running average of its weights (or, at a decay of 0,
-    their copy), is what plays in evaluations.
+    The networks are drawn on the CPU first, so a seed starts with the same ones on every device.
     """
 
     def __init__(self, args: Args, obs_size: int, action_size: int, device: torch.device | str = "cpu"):
@@ -447,7 +442,6 @@ class Learner(nn.Module):
         self.sampling_dtype = torch.bfloat16 if args.bfloat16 else torch.float32
         self.policy = DiffusionPolicy(obs_size, action_size, args.hidden, args.denoising_steps)
         self.critic = TwinCritic(obs_size, action_size, args.hidden)
-        self.average_policy = deepcopy(self.policy)
         self.target_policy = deepcopy(self.policy)
         self.target_critic = deepcopy(self.critic)
         self.to(self.device)
@@ -458,9 +452,9 @@ class Learner(nn.Module):
     def optimizers(self) -> list[Adam]:
         return [value for value in vars(self).values() if isinstance(value, Adam)]
 
-    def act(self, policy: DiffusionPolicy, obs: Tensor, num_candidates: int) -> Tensor:
+    def act(self, obs: Tensor, num_candidates: int) -> Tensor:
         """Actions [B, D] for observations [B, O]: the best of several candidates, by the minimum of both critics."""
-        return best_of(*draw_candidates(policy, self.critic, obs, num_candidates))
+        return best_of(*draw_candidates(self.policy, self.critic, obs, num_candidates))
 
 
 @torch.no_grad()
@@ -487,9 +481,9 @@ def update(
     metrics = update_critic(learner, batch)
     if obs is not None:
         metrics |= update_policy(learner, obs, entropy_weight)
-    step_towards(learner.target_policy, learner.policy, learner.args.tau)
-    step_towards(learner.target_critic, learner.critic, learner.args.tau)
-    step_towards(learner.average_policy, learner.policy, 1 - learner.args.average_decay)
+    targets = [*learner.target_policy.parameters(), *learner.target_critic.parameters()]
+    with torch.no_grad():
+        torch._foreach_lerp_(targets, [*learner.policy.parameters(), *learner.critic.parameters()], learner.args.tau)
     return metrics
 
 
@@ -539,12 +533,6 @@ def denoising_loss(policy: DiffusionPolicy, obs: Tensor, actions: Tensor, weight
     x_t = signal_scale * actions + noise_scale * noise
     error = policy(policy.observation(obs) + policy.time_features()[t - 1], x_t) - noise
     return (weights[..., None] * error.square()).mean()
-
-
-@torch.no_grad()
-def step_towards(average: nn.Module, network: nn.Module, share: float) -> None:
-    """Move the weights of a running average a share of the way to the network's (Polyak averaging)."""
-    torch._foreach_lerp_([*average.parameters()], [*network.parameters()], share)
 
 
 def take_step(optimizer: Adam, loss: Tensor, max_grad_norm: float) -> None:
@@ -666,14 +654,10 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> Sequence[Te
 
 
 def ways_to_play(learner: Learner) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """stochastic: the best of K_b candidates, as while training; deterministic: the best of many, hardly random.
-
-    Both are the average policy's.
-    """
+    """stochastic: as while training, the best of K_b candidates; deterministic: the best of many, hardly random."""
 
     def act(obs: np.ndarray, num_candidates: int) -> np.ndarray:
-        seen = torch.from_numpy(obs).to(learner.device)
-        return learner.act(learner.average_policy, seen, num_candidates).cpu().numpy()
+        return learner.act(torch.from_numpy(obs).to(learner.device), num_candidates).cpu().numpy()
 
     return {
         "stochastic": partial(act, num_candidates=learner.args.behavior_candidates),
@@ -842,7 +826,7 @@ def training_loop(
         if progress.global_step < args.learning_starts:
             actions = 2 * torch.rand(args.num_envs, learner.policy.action_size, device=device) - 1
         else:
-            actions = learner.act(learner.policy, obs, args.behavior_candidates)
+            actions = learner.act(obs, args.behavior_candidates)
         played = actions.cpu().numpy()
         check_finite([("the action", played)], progress.global_step)
         next_obs, reward, terminated, truncated, _ = env.step(played)
@@ -947,7 +931,6 @@ def check_args(args: Args) -> None:
         require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
     require(args, "gamma", 0 <= args.gamma <= 1, "a number from 0 to 1")
     require(args, "tau", 0 < args.tau <= 1, "a number above 0, at most 1")
-    require(args, "average_decay", 0 <= args.average_decay < 1, "a number from 0 to below 1")
     for name in ("entropy_coefficient", "min_entropy_coefficient"):
         require(args, name, 0 <= getattr(args, name) <= 1e6, "a number from 0 to 1e6")
     if args.capture_video:

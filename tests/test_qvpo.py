@@ -102,21 +102,21 @@ def test_acting_takes_the_best_and_one_candidate_is_plain_sampling():
     torch.manual_seed(3)
     candidates, q = qvpo.draw_candidates(model.policy, model.critic, obs, 8)
     torch.manual_seed(3)
-    action = model.act(model.policy, obs, 8)
+    action = model.act(obs, 8)
     for b in range(6):
         assert torch.equal(action[b], candidates[q[:, b].argmax(), b])
     torch.manual_seed(3)
-    action = model.act(model.policy, obs, 1)
+    action = model.act(obs, 1)
     torch.manual_seed(3)
     assert torch.equal(action, model.policy.sample(obs, 1)[0])
 
 
-def test_evaluation_plays_the_average_policys_best_of_more_candidates():
+def test_evaluation_plays_the_best_of_more_candidates():
     model, asked = learner(behavior_candidates=3, eval_candidates=7), []
-    model.act = lambda policy, obs, num_candidates: (asked.append((policy, num_candidates)), 2 * obs)[1]
+    model.act = lambda obs, num_candidates: (asked.append(num_candidates), 2 * obs)[1]
     for act in qvpo.ways_to_play(model).values():
         assert np.array_equal(act(np.ones((1, 5), np.float32)), 2 * np.ones((1, 5)))
-    assert asked == [(model.average_policy, 3), (model.average_policy, 7)] and Args().eval_candidates == 32
+    assert asked == [3, 7] and Args().eval_candidates == 32
 
 
 # ---- losses and updates
@@ -207,23 +207,6 @@ def test_without_entropy_only_the_best_candidates_are_learned():
     torch.testing.assert_close(more_weights[1:], 0.1 * more_weights[:1].expand(2, -1))
 
 
-def test_average_of_the_weights():
-    """It equals one made by hand, and what is learned does not depend on it."""
-    learned = []
-    for decay in (0.0, 0.75):
-        torch.manual_seed(0)
-        model = learner(average_decay=decay)
-        average = [weights.clone() for weights in model.policy.parameters()]
-        for _ in range(3):
-            qvpo.update(model, random_batch(), torch.randn(16, 5), torch.tensor(0.1))
-            average = [decay * old + (1 - decay) * new for old, new in zip(average, model.policy.parameters())]
-        for ours, by_hand in zip(model.average_policy.parameters(), average, strict=True):
-            torch.testing.assert_close(ours, by_hand)
-        learned.append(list(model.policy.parameters()))
-    assert all(map(torch.equal, *learned))
-    assert not any(map(torch.equal, model.average_policy.parameters(), model.policy.parameters()))
-
-
 def test_entropy_coefficient_decays_to_its_floor():
     args = Args(total_timesteps=1000, entropy_coefficient=0.02, min_entropy_coefficient=0.002)
     assert [qvpo.entropy_coefficient(args, step) for step in (0, 500, 950, 1000)] == [0.02, 0.01, 0.002, 0.002]
@@ -269,7 +252,7 @@ def test_an_update_leaves_no_tensor_behind(options, monkeypatch):
     batch = Batch(*(column.to("meta") for column in random_batch()))
     with OnMeta():
         metrics = qvpo.update(model, batch, batch.next_obs, torch.full((), 0.02, device="meta"))
-        model.act(model.policy, batch.obs, 4)
+        model.act(batch.obs, 4)
     assert stepped == [True, True] and all(tensor.is_meta for tensor in (*metrics.values(), *tensors_of(model)))
 
 

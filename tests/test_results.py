@@ -104,7 +104,7 @@ def test_the_first_guess_of_an_exact_denoiser_is_the_mean():
 def test_every_team_has_a_row_for_each_way(monkeypatch, tmp_path):
     (tmp_path / "benchmark" / "results").mkdir(parents=True)
     monkeypatch.setattr(deterministic_play, "ROOT", tmp_path)
-    monkeypatch.setattr(deterministic_play, "EPISODES", 3)
+    monkeypatch.setitem(deterministic_play.EPISODES, "ddpl_mpe", 3)
     deterministic_play.main([str(TEAM)])
     rows = list(csv.DictReader(open(tmp_path / "benchmark" / "results" / "deterministic_play.csv")))
     assert [row["way"] for row in rows] == list(deterministic_play.WAYS)
