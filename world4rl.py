@@ -1,8 +1,8 @@
 """World4RL on states instead of pixels: a policy refined by PPO inside a diffusion world model that stays frozen.
 
 After Jiang et al., "World4RL: Diffusion World Models for Policy Refinement with Reinforcement Learning for Robotic
-Manipulation", arXiv 2509.19080. No code is public. Meta-World's 18 numbers and the goal stand in for camera images, an
-MLP for the U-Net; the rest is the paper's.
+Manipulation", arXiv 2509.19080. No code is public. Meta-World's 18 numbers, the goal and where the hand is pulled to stand in for
+camera images, an MLP for the U-Net; the rest is the paper's.
 
     pip install --no-deps -r requirements-world4rl.txt && python world4rl.py
 
@@ -114,7 +114,7 @@ class Model:
     """Width of the world model's three hidden layers."""
     denoising_steps: int = 3
     """Euler steps of the sampler."""
-    model_steps: int = 6_000
+    model_steps: int = 15_000
     """Gradient steps of world model and classifier."""
     model_lr: float = 1e-3
     """Their learning rate at the start."""
@@ -626,13 +626,15 @@ class PointTask:
 
 
 class MetaWorldTask:
-    """A task of Meta-World v3. The state is the present half of its observation, and the goal.
+    """A task of Meta-World v3. The state is the present half of its observation, the goal, and the pull on the hand.
 
-    That is hand, gripper, position and orientation of two objects (zeros if there is one), and the goal's position.
+    That is hand, gripper, position and orientation of two objects (zeros if there is one), the goal's position, and the
+    way from the hand to where it is pulled. Actions move that place, not the hand: a spring drags the hand behind, so
+    the longer it presses against something, the harder. No observation shows it, and without it no model can know.
     """
 
     drawn = {"hand": (0, 1, 2), "object": (4, 5, 6)}
-    state_size = 21
+    state_size = 24
     action_size = 4
 
     def __init__(self, env_id: str, action_repeat: int):
@@ -654,7 +656,8 @@ class MetaWorldTask:
     def seen(self, obs: np.ndarray) -> np.ndarray:
         """The state [S] in an observation [39], which holds the state before, too."""
         self.obs = obs
-        return np.concatenate([obs[:18], obs[36:]])
+        pull = self.env.data.mocap_pos[0] - obs[:3]
+        return np.concatenate([obs[:18], obs[36:], pull])
 
     def reset(self, seed: int) -> np.ndarray:
         self.env.seed(seed)
@@ -866,7 +869,7 @@ def replay(learner: Learner, episode: Episode, samples: int = 1) -> Tensor:
 def film(task: PointTask | MetaWorldTask, learner: Learner, seed: int, path: Path) -> None:
     """Draw a real episode of the policy's mode (solid) and its replay in the model (dashed), from above and the front.
 
-    Positions only: a state of 18 numbers and a goal is not enough to set the simulator to, so none is rendered.
+    Positions only: this state is not enough to set the simulator to, so none is rendered.
     """
     import imageio
     from matplotlib.backends.backend_agg import FigureCanvasAgg

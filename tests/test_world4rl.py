@@ -455,8 +455,21 @@ def test_experts_of_meta_world(env_id):
     first = played[0]
     choices = iter(first.choices.numpy())
     again = world4rl.play_episode(task, 3, lambda state: next(choices), len(first.choices), stop=False)
-    assert torch.equal(again.states, first.states) and first.states.shape[1] == 21
+    assert torch.equal(again.states, first.states) and first.states.shape[1] == task.state_size
     assert not torch.equal(played[0].states[0], played[1].states[0])
+    task.close()
+
+
+@real
+def test_the_state_shows_what_pulls_the_hand():
+    """An action moves the place that the hand is pulled to, by a centimetre per unit and simulator step."""
+    task = world4rl.MetaWorldTask("door-lock-v3", 2)
+    down = np.array([0.0, 0.5, -0.5, 0.0])
+    states = world4rl.play_episode(task, 3, lambda state: down, 8, stop=False).states
+    hand, pull = states[:, :3], states[:, -3:]
+    expected = torch.tensor([0, 0.01, -0.01]).expand(8, 3)
+    torch.testing.assert_close((hand + pull).diff(dim=0), expected, atol=1e-6, rtol=0)
+    assert pull[0].norm() < 0.02 < pull[-1].norm()
     task.close()
 
 
