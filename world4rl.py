@@ -1,8 +1,8 @@
 """World4RL on states instead of pixels: a policy refined by PPO inside a diffusion world model that stays frozen.
 
 After Jiang et al., "World4RL: Diffusion World Models for Policy Refinement with Reinforcement Learning for Robotic
-Manipulation", arXiv 2509.19080. No code is public. Numbers (Meta-World's 18, the goal, where the hand is pulled) stand in
-for camera images, an MLP for the U-Net; the rest is the paper's.
+Manipulation", arXiv 2509.19080. No code is public. Camera images become numbers here (Meta-World's 18, the goal, and
+where the hand is pulled), the U-Net an MLP; the rest is the paper's.
 
     pip install --no-deps -r requirements-world4rl.txt && python world4rl.py
 
