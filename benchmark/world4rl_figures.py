@@ -1,14 +1,17 @@
-"""What runs of world4rl.py imagined and what came true; and how far their world models can be trusted.
+"""What world4rl.py imagined, what of it came true, and how far its world models can be trusted.
 
-    python benchmark/world4rl_figures.py runs/world4rl__door-lock-v3__1__... [more run folders]
+    python benchmark/run.py world4rl                                                # the runs
+    python benchmark/world4rl_figures.py runs/benchmark/world4rl/*/*/runs/*         # fidelity.csv, figure and tables
+    python benchmark/world4rl_figures.py                                            # from the CSVs: figure and tables
 
-Writes benchmark/results/world4rl/: for each run its evaluations, NAME.csv, and fidelity.csv, the error of predictions
-over the horizon on 30 new episodes of the clone and 30 of random actions; and world4rl.png.
+All of it is in benchmark/results/world4rl/: TASK/ARM_SEED.csv, the evaluations that run.py has collected; fidelity.csv,
+the error of predictions over the horizon on 30 new episodes of the clone and 30 of random actions; world4rl.png. The
+tables go to the standard output. Intervals are 95 % percentile bootstraps, seeds resampled within each task.
 """
 
 import csv
-import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,13 +19,16 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
+import comparison  # noqa: E402
 import world4rl  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results" / "world4rl"
 EPISODES = 30
 SAMPLES = 10  # of the future of each episode
+AHEAD = (1, 5, 10, 25, 50, 75)
+STYLES = {"diffusion": "tab:blue", "mlp": "tab:orange", "simulator": "tab:gray"}
 
 
 def restored(run_dir: Path) -> tuple:
@@ -53,45 +59,107 @@ def fidelity(task, learner, who: str) -> tuple[np.ndarray, np.ndarray]:
     return torch.stack(errors).mean(0).sqrt().numpy(), torch.stack(spreads).mean(0).sqrt().numpy()
 
 
-def main(run_dirs: list[Path]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    _, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+def measure(run_dirs: Sequence[Path]) -> None:
+    """Write fidelity.csv."""
     rows = []
-    for number, run_dir in enumerate(run_dirs):
+    for run_dir in run_dirs:
         torch.manual_seed(0)
         task, learner = restored(run_dir)
         args = learner.args
-        name = f"{args.env_id}_{args.world_model}_{args.seed}"
-        if (run_dir / "evaluations.csv").exists():
-            shutil.copy(run_dir / "evaluations.csv", RESULTS / f"{name}.csv")
-            played = [row for row in csv.DictReader(open(run_dir / "evaluations.csv")) if row["mode"] == "stochastic"]
-            steps = [int(row["global_step"]) for row in played]
-            for column, style in (("success_rate", "-"), ("imagined_success_rate", "--")):
-                left.plot(steps, [float(row[column]) for row in played], style, color=f"C{number}", label=name)
-                name = "_"  # one entry in the legend
-            name = f"{args.env_id}_{args.world_model}_{args.seed}"
-        for who, style in (("clone", "-"), ("random", ":")):
+        if args.refine_in == "simulator":  # there is no model
+            continue
+        for who in ("clone", "random"):
             error, spread = fidelity(task, learner, who)
-            ahead = np.arange(1, args.horizon + 1)
-            right.plot(ahead, error[1:], style, color=f"C{number}", label=f"{name}, {who}")
-            if args.world_model == "diffusion":
-                right.plot(ahead, spread[1:], style, color=f"C{number}", alpha=0.4)
-            rows += [
-                {"run": name, "actions": who, "horizon": t, "error": f"{error[t]:.5f}", "spread": f"{spread[t]:.5f}"}
-                for t in (1, 5, 10, 25, 50, args.horizon)
-                if t <= args.horizon
-            ]
-    left.locator_params(axis="x", nbins=5)
-    left.set(xlabel="imagined steps", ylabel="success (dashed: imagined)", ylim=(0, 1))
-    right.set(xlabel="decisions predicted ahead", ylabel="error of positions in m (pale: spread)", yscale="log")
-    for ax in (left, right):
-        ax.legend(fontsize=7)
-    plt.tight_layout()
-    plt.savefig(RESULTS / "world4rl.png", dpi=120)
+            run = {"task": args.env_id, "arm": args.world_model, "seed": args.seed, "actions": who}
+            rows += [run | {"ahead": t, "error": f"{error[t]:.5f}", "spread": f"{spread[t]:.5f}"} for t in AHEAD]
+        task.close()
     with open(RESULTS / "fidelity.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def curves(task: Path, arm: str, mode: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [evaluations] of the first seed, and a column's values [seeds, evaluations]."""
+    tables = [list(csv.DictReader(open(path))) for path in sorted(task.glob(f"{arm}_*.csv"))]
+    chosen = [[row for row in table if row["mode"] == mode] for table in tables]
+    values = np.array([[float(row[column] or "nan") for row in rows] for rows in chosen])
+    return np.array([int(row["global_step"]) for row in chosen[0]]), values
+
+
+def arms(task: Path) -> list[str]:
+    return [arm for arm in STYLES if any(task.glob(f"{arm}_*.csv"))]
+
+
+def gains(tasks: Sequence[Path]) -> list[str]:
+    """Rows of a page: success of clone and refined policy, each seed, and the gain, of every task and of all."""
+    rows = []
+    for mode in ("stochastic", "deterministic"):
+        every = {}
+        for task in tasks:
+            for arm in arms(task):
+                _, real = curves(task, arm, mode, "success_rate")
+                _, imagined = curves(task, arm, mode, "imagined_success_rate")
+                gain = real[:, -1] - real[:, 0]
+                every.setdefault(arm, []).append(gain)
+                cells = [" ".join(f"{rate:.2f}" for rate in rates[:, i]) for rates in (real, imagined) for i in (0, -1)]
+                rows.append(f"| {task.name}, {arm}, {mode} | {' | '.join(cells)} | {with_interval([gain])} |")
+        for arm, gain in every.items():
+            rows.append(f"| **all {len(gain)} tasks**, {arm}, {mode} | | | | | {with_interval(gain)} |")
+    return rows
+
+
+def with_interval(gains: Sequence[np.ndarray]) -> str:
+    """The mean over the seeds of several tasks, with its interval."""
+    low, high = comparison.interval(comparison.resampled(gains, 0).mean(1))
+    return f"{np.concatenate(gains).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def errors(table: Sequence[dict], column: str, **chosen: str) -> np.ndarray:
+    """Root mean squares over seeds [horizons] in millimetres."""
+    rows = [row for row in table if all(row[name] == value for name, value in chosen.items())]
+    values = [[float(row[column]) for row in rows if int(row["ahead"]) == t] for t in AHEAD]
+    return 1000 * np.sqrt(np.mean(np.square(values), axis=1))
+
+
+def plot(tasks: Sequence[Path], table: Sequence[dict]) -> None:
+    """world4rl.png: a column a task; above real and imagined success, below the error of predictions."""
+    _, panels = plt.subplots(2, len(tasks), figsize=(3.3 * len(tasks), 6), squeeze=False, sharey="row")
+    for task, upper, lower in zip(tasks, *panels):
+        for arm in arms(task):
+            for column, style in (("success_rate", "-"), ("imagined_success_rate", "--")):
+                steps, rates = curves(task, arm, "stochastic", column)
+                upper.plot(steps / 1000, rates.T, style, color=STYLES[arm], linewidth=0.5, alpha=0.4)
+                label = f"{arm}, {'real' if style == '-' else 'imagined'}"
+                upper.plot(steps / 1000, rates.mean(0), style, color=STYLES[arm], label=label)
+        for arm in sorted({row["arm"] for row in table if row["task"] == task.name}):
+            for who, style in (("clone", "-"), ("random", ":")):
+                chosen = {"task": task.name, "arm": arm, "actions": who}
+                lower.plot(AHEAD, errors(table, "error", **chosen), style, color=STYLES[arm], label=f"{arm}, {who}")
+                if arm == "diffusion":
+                    lower.plot(AHEAD, errors(table, "spread", **chosen), style, color=STYLES[arm], alpha=0.4)
+        upper.set(title=task.name, xlabel="thousand imagined steps", ylim=(0, 1))
+        lower.set(xlabel="decisions predicted ahead", yscale="log")
+        upper.locator_params(axis="x", nbins=5)
+    panels[0, 0].set(ylabel="success")
+    panels[1, 0].set(ylabel="error of positions in mm (pale: spread)")
+    for ax in panels[:, 0]:
+        ax.legend(fontsize=7)
+    plt.tight_layout()
+    plt.savefig(RESULTS / "world4rl.png", dpi=90)
+
+
+def main(run_dirs: list[Path]) -> None:
+    if run_dirs:
+        measure(run_dirs)
+    tasks = [task for task in sorted(RESULTS.iterdir()) if task.is_dir() and arms(task)]
+    table = list(csv.DictReader(open(RESULTS / "fidelity.csv")))
+    plot(tasks, table)
+    print("| | clone, real | refined, real | clone, imagined | refined, imagined | gain |", *gains(tasks), sep="\n")
+    print("\n| decisions ahead |", " | ".join(map(str, AHEAD)), "|")
+    for name, arm, who in sorted({(row["task"], row["arm"], row["actions"]) for row in table}):
+        cells = zip(*(errors(table, c, task=name, arm=arm, actions=who) for c in ("error", "spread")))
+        print(f"| {name}, {arm}, {who} |", " | ".join(f"{e:.2g} ({s:.2g})" for e, s in cells), "|")
 
 
 if __name__ == "__main__":
