@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 import comparison  # noqa: E402
+
 import world4rl  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results" / "world4rl"

@@ -1,9 +1,11 @@
 """world4rl.py: two-hot actions, EDM against closed forms, what is frozen, a toy task, resume."""
 
+import csv
 import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from helpers import checkpoint_of, command, equal, error_of, evaluations, kill_and_resume
 
 import world4rl
+from benchmark import world4rl_figures
 from world4rl import Args, Episode, History, Learner, PointTask, Rollout
 
 TOY = dict(env_id="point", horizon=40, hidden=64, model_hidden=128)
@@ -483,3 +486,41 @@ def test_a_short_run_on_meta_world():
 def test_unknown_tasks_list_the_known():
     message = error_of(world4rl, env_id="door-lock-v2")
     assert "--env-id" in message and "door-lock-v3" in message and not Path("runs").exists()
+
+
+# ---- benchmark/world4rl_figures.py
+
+
+def test_gains_of_the_page(tmp_path):
+    """Final success less the clone's, of every seed; over all tasks seeds are resampled within each."""
+    for name, refined in (("easy", (0.7, 0.9)), ("hard", (0.1, 0.1))):
+        (tmp_path / name).mkdir()
+        for seed, last in enumerate(refined, 1):
+            rows = [(0, 0.5, 0.3), (100, 0.6, 0.4), (200, last, 1.0)]
+            lines = [
+                f"{t},{mode},{real},{imagined}"
+                for t, real, imagined in rows
+                for mode in ("stochastic", "deterministic")
+            ]
+            header = "global_step,mode,success_rate,imagined_success_rate"
+            (tmp_path / name / f"diffusion_{seed}.csv").write_text("\n".join([header, *lines]))
+    rows = world4rl_figures.gains([tmp_path / "easy", tmp_path / "hard"])
+    assert len(rows) == 2 * 3
+    assert (
+        rows[0]
+        == "| easy, diffusion, stochastic | 0.50 0.50 | 0.70 0.90 | 0.30 0.30 | 1.00 1.00 | +0.30 [+0.20, +0.40] |"
+    )
+    assert rows[2] == "| **all 2 tasks**, diffusion, stochastic | | | | | -0.05 [-0.10, +0.00] |"
+
+
+def test_figures_of_what_is_measured(tmp_path, monkeypatch, capsys):
+    """Fidelity of a run's model, the figure, and the tables, from a run folder and its collected evaluations."""
+    result = world4rl.train(Args(**SMALL))
+    (tmp_path / "point").mkdir()
+    shutil.copy(Path(result["run_dir"]) / "evaluations.csv", tmp_path / "point" / "diffusion_1.csv")
+    for name, value in {"RESULTS": tmp_path, "AHEAD": (1, 5), "EPISODES": 2}.items():
+        monkeypatch.setattr(world4rl_figures, name, value)
+    world4rl_figures.main([Path(result["run_dir"])])
+    rows = list(csv.DictReader(open(tmp_path / "fidelity.csv")))
+    assert [row["ahead"] for row in rows] == ["1", "5", "1", "5"] and all(float(row["error"]) > 0 for row in rows)
+    assert (tmp_path / "world4rl.png").exists() and "| point, diffusion, clone | " in capsys.readouterr().out
