@@ -309,19 +309,21 @@ def mlp(in_features: int, hidden: int, out_features: int, last_gain: float) -> n
 class GaussianPolicy(nn.Module):
     """A Gaussian whose mean and deviation depend on the state, the deviation within bounds.
 
-    It maps whitened states [..., S] to the mean and log standard deviation [2, ..., D]. What it draws is a choice, the
-    Gaussian's own value [..., D], that is clipped to an action in [-1, 1]; log-probabilities are those of the choice.
+    It maps whitened states [..., S], of which it sees the first `observed`, to the mean and log standard deviation
+    [2, ..., D]. What it draws is a choice, the Gaussian's own value [..., D], that is clipped to an action in [-1, 1];
+    log-probabilities are those of the choice.
     """
 
-    def __init__(self, args: Args, state_size: int, action_size: int):
+    def __init__(self, args: Args, observed: int, action_size: int):
         super().__init__()
-        self.network = mlp(state_size, args.hidden, 2 * action_size, 0.01)
+        self.observed = observed
+        self.network = mlp(observed, args.hidden, 2 * action_size, 0.01)
         self.lowest = args.min_log_std
         self.highest = args.max_log_std
 
     def forward(self, obs: Tensor) -> Tensor:
         """The bounds are approached smoothly, so that a deviation at a bound can leave it again."""
-        mean, free = self.network(obs).chunk(2, -1)
+        mean, free = self.network(obs[..., : self.observed]).chunk(2, -1)
         log_std = self.lowest + (self.highest - self.lowest) * free.sigmoid()
         return torch.stack([mean, log_std])
 
@@ -457,11 +459,12 @@ class Learner(nn.Module):
     The networks are drawn on the CPU first, so a seed starts with the same ones on every device.
     """
 
-    def __init__(self, args: Args, state_size: int, action_size: int, device: torch.device | str = "cpu"):
+    def __init__(self, args: Args, task: "PointTask | MetaWorldTask", device: torch.device | str = "cpu"):
         super().__init__()
+        state_size, action_size = task.state_size, task.action_size
         self.args = args
-        self.policy = GaussianPolicy(args, state_size, action_size)
-        self.clone = GaussianPolicy(args, state_size, action_size)
+        self.policy = GaussianPolicy(args, task.observed, action_size)
+        self.clone = GaussianPolicy(args, task.observed, action_size)
         self.value = mlp(state_size, args.hidden, 1, 1.0)
         self.model = WorldModel(args, state_size, action_size)
         self.classifier = mlp(state_size, args.hidden, 1, 1.0)
@@ -601,6 +604,7 @@ class PointTask:
 
     drawn = {"point": (0, 1)}  # where in the state the coordinates of things are
     state_size = 4  # position, velocity
+    observed = 4  # of these, the first, by the policy
     action_size = 2
 
     def reset(self, seed: int) -> np.ndarray:
@@ -629,12 +633,14 @@ class MetaWorldTask:
     """A task of Meta-World v3. The state is the present half of its observation, the goal, and the pull on the hand.
 
     That is hand, gripper, position and orientation of two objects (zeros if there is one), the goal's position, and the
-    way from the hand to where it is pulled. Actions move that place, not the hand: a spring drags the hand behind, so
-    the longer it presses against something, the harder. No observation shows it, and without it no model can know.
+    way from the hand to where a spring drags it. Actions move that place, not the hand: the longer the hand presses
+    against something, the harder. No observation shows it, and without it no model can know. The policy does not see
+    it: a clone that knows what it has just done goes on doing it.
     """
 
     drawn = {"hand": (0, 1, 2), "object": (4, 5, 6)}
     state_size = 24
+    observed = 21
     action_size = 4
 
     def __init__(self, env_id: str, action_repeat: int):
@@ -1046,7 +1052,7 @@ def train(args: Args, given: Collection[str] = (), signals: Sequence[int] = ()) 
         device = choose_device(args)
         task = make_task(args)
         held.callback(task.close)
-        learner = Learner(args, task.state_size, task.action_size, device)
+        learner = Learner(args, task, device)
         data = empty_data(args, task)
         progress = Progress()
         if checkpoint:
@@ -1462,7 +1468,7 @@ def play(args: Args, given: Collection[str] = ()) -> None:
     check_args(args)
     torch.set_num_threads(args.num_threads)
     task = make_task(args)
-    learner = Learner(args, task.state_size, task.action_size, choose_device(args))
+    learner = Learner(args, task, choose_device(args))
     with damage_reported("--evaluate", run_dir / "checkpoint.pt"):
         copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
     for name, policy in (("clone", learner.clone), ("policy", learner.policy)):

@@ -224,7 +224,7 @@ def measure_world4rl() -> None:
     except world4rl.RunError as error:  # without Meta-World
         print(error)
         return
-    learner = world4rl.Learner(args, task.state_size, task.action_size)
+    learner = world4rl.Learner(args, task)
     learner.classifier[-1].bias.data.fill_(-100)  # no episode ends
     start = torch.from_numpy(task.reset(0)).float().expand(256, -1)
     action = np.zeros(task.action_size, dtype=np.float32)

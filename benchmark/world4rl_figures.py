@@ -36,7 +36,7 @@ def restored(run_dir: Path) -> tuple:
     """Task and learner of a run."""
     args, checkpoint = world4rl.load_checkpoint("--evaluate", run_dir, world4rl.Args(), (), ())
     task = world4rl.make_task(args)
-    learner = world4rl.Learner(args, task.state_size, task.action_size)
+    learner = world4rl.Learner(args, task)
     world4rl.copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
     return task, learner
 

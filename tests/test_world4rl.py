@@ -39,7 +39,7 @@ SMALL = TOY | dict(
 
 def learner_of(**options):
     args = Args(**TOY | options)
-    return Learner(args, PointTask.state_size, PointTask.action_size)
+    return Learner(args, PointTask)
 
 
 def random_data(episodes=5, horizon=40):
