@@ -477,6 +477,21 @@ def test_the_state_shows_what_pulls_the_hand():
 
 
 @real
+def test_the_policy_does_not_see_what_pulls_the_hand():
+    """But the model does."""
+    task = world4rl.MetaWorldTask("door-lock-v3", 2)
+    learner = Learner(Args(), task)
+    state = torch.randn(5, task.state_size)
+    pulled = state + torch.cat([torch.zeros(21), torch.ones(3)])
+    for policy in (learner.policy, learner.clone):
+        assert torch.equal(policy(state), policy(pulled))
+    action = torch.zeros(5, 4, task.action_size)
+    seen, other = (learner.model.see(x[:, None].expand(-1, 4, -1), action) for x in (state, pulled))
+    assert not torch.allclose(seen, other)
+    task.close()
+
+
+@real
 def test_a_short_run_on_meta_world():
     result = world4rl.train(Args(**SMALL | dict(env_id="door-lock-v3", horizon=20)))
     assert result["real_steps"] == 6 * 20 and len(result["episodic_returns"]) == 3
