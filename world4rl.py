@@ -604,7 +604,7 @@ class PointTask:
 
     drawn = {"point": (0, 1)}  # where in the state the coordinates of things are
     state_size = 4  # position, velocity
-    observed = 4  # of these, the first, by the policy
+    observed = 4  # so many of these, from the first, the policy sees
     action_size = 2
 
     def reset(self, seed: int) -> np.ndarray:
@@ -640,7 +640,7 @@ class MetaWorldTask:
 
     drawn = {"hand": (0, 1, 2), "object": (4, 5, 6)}
     state_size = 24
-    observed = 21
+    observed = 21  # all but the pull
     action_size = 4
 
     def __init__(self, env_id: str, action_repeat: int):
