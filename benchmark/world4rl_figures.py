@@ -89,7 +89,9 @@ def curves(task: Path, arm: str, mode: str, column: str) -> tuple[np.ndarray, np
 
 
 def arms(task: Path) -> list[str]:
-    return [arm for arm in STYLES if any(task.glob(f"{arm}_*.csv"))]
+    """Those of STYLES first."""
+    found = {path.stem.rpartition("_")[0] for path in task.glob("*.csv")}
+    return [arm for arm in STYLES if arm in found] + sorted(found.difference(STYLES))
 
 
 def gains(tasks: Sequence[Path]) -> list[str]:
@@ -105,7 +107,7 @@ def gains(tasks: Sequence[Path]) -> list[str]:
                 every.setdefault(arm, []).append(gain)
                 cells = [" ".join(f"{rate:.2f}" for rate in rates[:, i]) for rates in (real, imagined) for i in (0, -1)]
                 rows.append(f"| {task.name}, {arm}, {mode} | {' | '.join(cells)} | {with_interval([gain])} |")
-        for arm, gain in every.items():
+        for arm, gain in every.items() if len(tasks) > 1 else ():
             rows.append(f"| **all {len(gain)} tasks**, {arm}, {mode} | | | | | {with_interval(gain)} |")
     return rows
 
@@ -153,10 +155,11 @@ def plot(tasks: Sequence[Path], table: Sequence[dict]) -> None:
 def main(run_dirs: list[Path]) -> None:
     if run_dirs:
         measure(run_dirs)
-    tasks = [task for task in sorted(RESULTS.iterdir()) if task.is_dir() and arms(task)]
+    tasks = sorted(path for path in RESULTS.iterdir() if path.is_dir())
     table = list(csv.DictReader(open(RESULTS / "fidelity.csv")))
     plot(tasks, table)
     print("| | clone, real | refined, real | clone, imagined | refined, imagined | gain |", *gains(tasks), sep="\n")
+    print("\nAblations:", *gains(sorted(RESULTS.with_name("world4rl_ablations").glob("*"))), sep="\n")
     print("\n| decisions ahead |", " | ".join(map(str, AHEAD)), "|")
     for name, arm, who in sorted({(row["task"], row["arm"], row["actions"]) for row in table}):
         cells = zip(*(errors(table, c, task=name, arm=arm, actions=who) for c in ("error", "spread")))
