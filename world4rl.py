@@ -213,7 +213,7 @@ class Stopped(KeyboardInterrupt):
 
 
 BINS = 21  # the paper's K
-REST = 0.05  # deviations of a change: smaller ones the model resolves linearly, larger ones logarithmically
+REST = 0.1  # deviations: a smaller change is none
 CONTACT = 0.03  # metres, the unit of the ways between things
 
 
@@ -355,27 +355,27 @@ class GaussianPolicy(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """p(change | last states, last actions), of the change [B, S] from a state to the next, as Learner.target has it.
+    """p(change | last states, last actions), of the whitened change [B, S] from a state to the next.
 
     The condition's layer is its own, so that the sampler passes the large two-hot input through it once, not at every
     noise level. As "mlp" the same network predicts the mean: its noisy input is 0 and its noise level constant.
     """
 
-    def __init__(self, args: Args, feature_size: int, state_size: int, action_size: int):
+    def __init__(self, args: Args, state_size: int, action_size: int):
         super().__init__()
         self.diffusion = args.world_model == "diffusion"
         self.encoding = args.action_encoding
         self.levels = noise_levels(args.denoising_steps)
         width = args.model_hidden
         bins = 1 if args.action_encoding == "raw" else BINS
-        self.condition = nn.Linear(args.history * (feature_size + action_size * bins), width)
+        self.condition = nn.Linear(args.history * (state_size + action_size * bins), width)
         self.noisy = nn.Linear(state_size + 1, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.last = nn.Linear(width, state_size)
 
     def see(self, states: Tensor, actions: Tensor) -> Tensor:
-        """The condition [B, width] of the features [B, K, F] of the last states, and actions [B, K, D]."""
+        """The condition [B, width] of the last states [B, K, S], whitened, and actions [B, K, D]."""
         return self.condition(torch.cat([states.flatten(1), encode(actions, self.encoding).flatten(1)], 1))
 
     def forward(self, x: Tensor, noise: Tensor, seen: Tensor) -> Tensor:
@@ -407,11 +407,11 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, states: Tensor, actions: Tensor) -> Tensor:
-        """One change [B, S] for each of the last states' features [B, K, F] and actions [B, K, D]."""
+        """One change [B, S] for each of the last states [B, K, S] and actions [B, K, D]."""
         seen = self.see(states, actions)
         if not self.diffusion:
             return self.predict_mean(seen)
-        noise = torch.randn(len(seen), self.last.out_features, device=seen.device)
+        noise = torch.randn_like(states[:, 0])
         return sample_euler(lambda x, sigma: self.denoise(x, sigma, seen), noise, self.levels)
 
 
@@ -468,13 +468,12 @@ class Learner(nn.Module):
         self.policy = GaussianPolicy(args, task.observed, action_size)
         self.clone = GaussianPolicy(args, task.observed, action_size)
         self.value = mlp(state_size, args.hidden, 1, 1.0)
+        self.model = WorldModel(args, state_size, action_size)
         self.between = task.between
-        feature_size = state_size + 3 * len(task.between)
-        self.model = WorldModel(args, feature_size, state_size, action_size)
-        self.classifier = mlp(feature_size, args.hidden, 1, 1.0)
-        for name in ("state_mean", "target_mean", "lowest_target", "highest_target"):
+        self.classifier = mlp(state_size + 3 * len(task.between), args.hidden, 1, 1.0)
+        for name in ("state_mean", "change_mean"):
             self.register_buffer(name, torch.zeros(state_size))
-        for name in ("state_std", "target_std", "change_scale"):
+        for name in ("state_std", "change_std"):
             self.register_buffer(name, torch.ones(state_size))
         self.to(device)
 
@@ -494,33 +493,28 @@ class Learner(nn.Module):
         """States [..., S] of about zero mean and unit variance, at most 10 from zero; constants become 0."""
         return ((state - self.state_mean) / self.state_std).clamp(-10, 10)
 
-    def features(self, state: Tensor) -> Tensor:
-        """What model and classifier see [..., F] of states [..., S]: whitened, and the ways between things.
+    def classify(self, state: Tensor) -> Tensor:
+        """The logit [...] of success in the states [..., S].
 
-        Millimetres decide a contact, and a difference of two whitened positions hides them.
+        The classifier sees them whitened, and the ways between things: whether the object is at the goal would else
+        have to be learned anew for every place.
         """
         ways = [state[..., i : i + 3] - state[..., j : j + 3] for i, j in self.between]
-        return torch.cat([self.whiten(state), *((way / CONTACT).clamp(-10, 10) for way in ways)], -1)
-
-    def target(self, change: Tensor) -> Tensor:
-        """Changes [..., S] as the model predicts them: whitened asinh(change / change_scale).
-
-        What rests must stay at rest: of a linear target the network's error would move it at every step.
-        """
-        return ((change / self.change_scale).asinh() - self.target_mean) / self.target_std
+        seen = torch.cat([self.whiten(state), *((way / CONTACT).clamp(-10, 10) for way in ways)], -1)
+        return self.classifier(seen)[..., 0]
 
     def succeeded(self, state: Tensor) -> Tensor:
         """Whether the classifier sees success in the states [..., S]: C > 1/2."""
-        return self.classifier(self.features(state))[..., 0] > 0
+        return self.classify(state) > 0
 
     @torch.no_grad()
     def next_state(self, states: Tensor, actions: Tensor) -> Tensor:
         """A sample [B, S] of what follows the last states [B, K, S] and actions [B, K, D].
 
-        No change is larger than the largest in the data, and what never changes in them stays as it is.
+        What rests stays at rest: else the model's small errors would carry an object off before the hand arrives.
         """
-        target = self.model.sample(self.features(states), actions) * self.target_std + self.target_mean
-        return states[:, -1] + self.change_scale * target.clamp(self.lowest_target, self.highest_target).sinh()
+        change = self.change_mean + self.change_std * self.model.sample(self.whiten(states), actions)
+        return states[:, -1] + torch.where(change.abs() < REST * self.change_std, 0.0, change)
 
 
 def take_step(optimizer: Adam, loss: Tensor, max_grad_norm: float) -> None:
@@ -540,10 +534,11 @@ def clone_step(learner: Learner, obs: Tensor, action: Tensor) -> dict[str, Tenso
 
 def model_step(learner: Learner, batch: "Windows") -> dict[str, Tensor]:
     """One step of the world model and one of the classifier; returns metrics, each a tensor []."""
-    target = learner.target(batch.next_state - batch.states[:, -1])
-    loss = learner.model.loss(target, learner.features(batch.states), batch.actions)
+    change = batch.next_state - batch.states[:, -1] - learner.change_mean
+    scaled = change / learner.change_std.clamp(min=1e-6)  # what never changes has deviation 0, and stays as it is
+    loss = learner.model.loss(scaled, learner.whiten(batch.states), batch.actions)
     take_step(learner.model_optimizer, loss, learner.args.max_grad_norm)
-    logit = learner.classifier(learner.features(batch.next_state))[:, 0]
+    logit = learner.classify(batch.next_state)
     classifier_loss = F.binary_cross_entropy_with_logits(logit, batch.success)
     take_step(learner.classifier_optimizer, classifier_loss, learner.args.max_grad_norm)
     wrong = ((logit > 0) != (batch.success > 0.5)).float().mean()
@@ -626,7 +621,7 @@ class PointTask:
     drawn = {"point": (0, 1)}  # where in the state the coordinates of things are
     state_size = 4  # position, velocity
     observed = 4  # so many of these, from the first, the policy sees
-    between = ()  # pairs of places of three coordinates, whose differences model and classifier see
+    between = ()  # pairs of places of three coordinates, whose differences the classifier sees, too
     action_size = 2
 
     def reset(self, seed: int) -> np.ndarray:
@@ -983,41 +978,27 @@ def collect(task: PointTask | MetaWorldTask, learner: Learner, data: Episode, in
     return {f"success/{who}": float(episode.success.max())}
 
 
-def mean_and_std(values: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [S] of values [N, S], 1 where it is below the smallest."""
-    std, mean = torch.std_mean(values.double(), 0)
-    return mean.float(), torch.where(std < smallest, 1.0, std).float()
-
-
-def set_state_statistics(learner: Learner, states: Tensor) -> None:
-    """From states [..., S]."""
-    mean, std = mean_and_std(states.flatten(0, -2), 1e-4)
-    learner.state_mean.copy_(mean)
-    learner.state_std.copy_(std)
-
-
-def set_change_statistics(learner: Learner, changes: Tensor) -> None:
-    """From changes of states [..., S]."""
-    changes = changes.flatten(0, -2)
-    _, std = mean_and_std(changes, 1e-6)
-    target = (changes / (REST * std)).asinh()
-    learner.change_scale.copy_(REST * std)
-    learner.lowest_target.copy_(target.amin(0))
-    learner.highest_target.copy_(target.amax(0))
-    mean, std = mean_and_std(target, 1e-4)
-    learner.target_mean.copy_(mean)
-    learner.target_std.copy_(std)
+def set_statistics(learner: Learner, states: Tensor, name: str) -> None:
+    """Mean and deviation [S] of states (or of their changes) [..., S]."""
+    flat = states.flatten(0, -2).double()
+    std = flat.std(0).float()
+    if name == "state":
+        std = torch.where(std < 1e-4, 1.0, std)
+    else:
+        std = torch.where(std < 1e-6, 0.0, std)
+    getattr(learner, f"{name}_mean").copy_(flat.mean(0))
+    getattr(learner, f"{name}_std").copy_(std)
 
 
 def begin(stage: str, learner: Learner, data: Episode) -> None:
     """What a stage does before its first round."""
     args = learner.args
     if stage == "clone":
-        set_state_statistics(learner, data.states[: args.expert_episodes + args.random_episodes])
+        set_statistics(learner, data.states[: args.expert_episodes + args.random_episodes], "state")
     if stage == "rollouts":
         learner.clone.load_state_dict(learner.policy.state_dict())
     if stage == "model":
-        set_change_statistics(learner, data.states.diff(dim=1))
+        set_statistics(learner, data.states.diff(dim=1), "change")
 
 
 def work(

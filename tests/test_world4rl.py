@@ -138,40 +138,35 @@ def test_the_model_learns_two_ways_to_go_on(world_model):
 def test_what_never_changes_stays():
     learner, data = learner_of(), random_data()
     data.states[..., 3] = torch.arange(5.0)[:, None]  # as a goal: constant in an episode
-    world4rl.set_state_statistics(learner, data.states)
-    world4rl.set_change_statistics(learner, data.states.diff(dim=1))
+    world4rl.set_statistics(learner, data.states, "state")
+    world4rl.set_statistics(learner, data.states.diff(dim=1), "change")
     batch = world4rl.windows(data, 4)
     after = learner.next_state(batch.states, batch.actions)
     assert torch.equal(after[:, 3], batch.states[:, -1, 3]) and not torch.equal(after[:, 2], batch.states[:, -1, 2])
 
 
-def test_targets_resolve_rest_and_are_inverted():
-    """What next_state does with a perfect model's target is the change; near rest targets are finer."""
+def test_what_rests_stays_at_rest():
+    """A change of less than a tenth of its deviation is none; a larger one is what the model says."""
     learner, data = learner_of(), random_data()
-    data.states[:] = data.states.cumsum(1)
-    world4rl.set_state_statistics(learner, data.states)
-    world4rl.set_change_statistics(learner, data.states.diff(dim=1))
+    world4rl.set_statistics(learner, data.states.diff(dim=1), "change")
     batch = world4rl.windows(data, 4)
-    change = batch.next_state - batch.states[:, -1]
-    learner.model.sample = lambda states, actions: learner.target(change)
-    torch.testing.assert_close(learner.next_state(batch.states, batch.actions), batch.next_state)
-    target = learner.target(change)
-    torch.testing.assert_close(target.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(target.std(0), torch.ones(4))
-    slope = torch.autograd.functional.jacobian(lambda x: learner.target(x)[:1].sum(), torch.zeros(1, 4))[0]
-    assert (slope * change.std(0) > 3).all()  # 1 if the target were linear
+    wanted = learner.change_std * torch.tensor([0.09, -0.09, 0.11, -3.0])
+    learner.model.sample = lambda states, actions: (wanted - learner.change_mean) / learner.change_std
+    change = learner.next_state(batch.states, batch.actions) - batch.states[:, -1]
+    assert (change[:, :2] == 0).all()
+    torch.testing.assert_close(change[:, 2:], wanted[2:].expand(len(change), 2), atol=1e-5, rtol=0)
 
 
-def test_features_hold_the_ways_between_things():
+def test_the_classifier_sees_the_ways_between_things():
     """Whitened states, then differences of positions in units of 3 cm."""
     task = PointTask()
     task.between = ((0, 1),)
     learner = Learner(Args(**SMALL), task)
-    state = torch.tensor([[0.1, 0.2, 0.3, 0.6]])
-    expected = torch.tensor([[0.1, 0.2, 0.3, 0.6, -0.1 / 0.03, -0.1 / 0.03, -0.3 / 0.03]])
-    torch.testing.assert_close(learner.features(state), expected)
-    assert learner.model.condition.in_features == 4 * (7 + 2 * 21)
-    assert learner.classifier[0].in_features == 7
+    learner.classifier = torch.nn.Identity()
+    states = [[0.1, 0.2, 0.3, 0.6], [0.5, 0.2, 0.3, 0.6]]
+    expected = [0.1, 0.2, 0.3, 0.6, -0.1 / 0.03, -0.1 / 0.03, -0.3 / 0.03]
+    learner.classifier.forward = lambda seen: torch.testing.assert_close(seen[0], torch.tensor(expected)) or seen
+    assert learner.classify(torch.tensor(states)).shape == (2,)
 
 
 # ---- episodes
@@ -515,8 +510,7 @@ def test_the_policy_does_not_see_what_pulls_the_hand():
     for policy in (learner.policy, learner.clone):
         assert torch.equal(policy(state), policy(pulled))
     action = torch.zeros(5, 4, task.action_size)
-    features = [learner.features(x)[:, None].expand(-1, 4, -1) for x in (state, pulled)]
-    seen, other = (learner.model.see(x, action) for x in features)
+    seen, other = (learner.model.see(x[:, None].expand(-1, 4, -1), action) for x in (state, pulled))
     assert not torch.allclose(seen, other)
     task.close()
 
