@@ -213,7 +213,7 @@ class Stopped(KeyboardInterrupt):
 
 
 BINS = 21  # the paper's K
-REST = 0.1  # deviations: a smaller change is none
+REST = 0.1  # deviations: a smaller change of an object is none
 CONTACT = 0.03  # metres, the unit of the ways between things
 
 
@@ -469,6 +469,9 @@ class Learner(nn.Module):
         self.clone = GaussianPolicy(args, task.observed, action_size)
         self.value = mlp(state_size, args.hidden, 1, 1.0)
         self.model = WorldModel(args, state_size, action_size)
+        rest = torch.zeros(state_size)
+        rest[list(task.objects)] = REST
+        self.register_buffer("rest", rest)
         self.between = task.between
         self.classifier = mlp(state_size + 3 * len(task.between), args.hidden, 1, 1.0)
         for name in ("state_mean", "change_mean"):
@@ -511,10 +514,10 @@ class Learner(nn.Module):
     def next_state(self, states: Tensor, actions: Tensor) -> Tensor:
         """A sample [B, S] of what follows the last states [B, K, S] and actions [B, K, D].
 
-        What rests stays at rest: else the model's small errors would carry an object off before the hand arrives.
+        An object at rest stays at rest: else the model's small errors would carry it off before the hand arrives.
         """
         change = self.change_mean + self.change_std * self.model.sample(self.whiten(states), actions)
-        return states[:, -1] + torch.where(change.abs() < REST * self.change_std, 0.0, change)
+        return states[:, -1] + torch.where(change.abs() < self.rest * self.change_std, 0.0, change)
 
 
 def take_step(optimizer: Adam, loss: Tensor, max_grad_norm: float) -> None:
@@ -621,6 +624,7 @@ class PointTask:
     drawn = {"point": (0, 1)}  # where in the state the coordinates of things are
     state_size = 4  # position, velocity
     observed = 4  # so many of these, from the first, the policy sees
+    objects = ()  # places in the state of what rests unless it is touched
     between = ()  # pairs of places of three coordinates, whose differences the classifier sees, too
     action_size = 2
 
@@ -658,6 +662,7 @@ class MetaWorldTask:
     drawn = {"hand": (0, 1, 2), "object": (4, 5, 6)}
     state_size = 24
     observed = 21  # all but the pull
+    objects = range(4, 18)
     between = ((0, 4), (4, 18))  # hand and object, object and goal
     action_size = 4
 
