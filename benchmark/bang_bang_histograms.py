@@ -2,7 +2,7 @@
 
     python benchmark/bang_bang_histograms.py runs HalfCheetah-v5
 
-Takes the runs of that task with the default squash and entropy, prints the mean square of each one's deterministic
+Takes the runs of that task below a folder, with the default squash, entropy and copies, prints the mean square of each one's deterministic
 actions and draws the heads with seed 1 to benchmark/results/bang_bang/actions_<task>.png.
 """
 
@@ -44,9 +44,9 @@ def actions_played(run_dir: Path) -> dict[str, np.ndarray]:
 def main() -> None:
     runs, task = Path(sys.argv[1]), sys.argv[2]
     heads = {}
-    for run_dir in sorted(runs.glob(f"bang_bang__{task.replace('/', '-')}__*")):
+    for run_dir in sorted(runs.rglob(f"bang_bang__{task.replace('/', '-')}__*")):
         args = json.loads((run_dir / "args.json").read_text())
-        if args["squash"] == "clip" and not args["ent_coef"]:
+        if all(args[name] == getattr(bang_bang.Args, name) for name in ("squash", "ent_coef", "num_envs")):
             played = actions_played(run_dir)
             print(f"{args['policy']:11s} seed {args['seed']}  mean a^2 {np.square(played['deterministic']).mean():.3f}")
             if args["seed"] == 1:

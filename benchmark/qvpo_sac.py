@@ -82,5 +82,10 @@ def main(args: Args) -> None:
     print(f"final return {returns.mean():.2f}, run folder {run_dir}")
 
 
+def read_command_line() -> tuple[Args]:
+    """As benchmark/run.py asks for it."""
+    return (tyro.cli(Args),)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(*read_command_line())

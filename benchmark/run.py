@@ -28,7 +28,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from csv import DictReader
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import distributions
 from itertools import product
 from pathlib import Path
 
@@ -39,7 +39,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 BUDGETS = ("--total-timesteps", "--total-trajectories")
-PACKAGES = ("torch", "numpy", "gymnasium", "mpe2", "gymnasium-robotics", "mujoco", "jax", "jaxmarl")
+PACKAGES = ("torch", "numpy", "gymnasium", "mpe2", "gymnasium-robotics", "mujoco", "dm_control", "metaworld", "jax")
+PACKAGES += ("jaxmarl", "stable_baselines3")
 
 
 @dataclass
@@ -134,9 +135,12 @@ def read_list(path: Path, runs: Path, names: Sequence[str] = ()) -> list[Run]:
             raise ListError(f"--list: {task!r} must be <benchmark>/<task>, with {needed}")
         if names and task not in names and task.split("/")[0] not in names:
             continue
-        for seed, (arm, flags) in product(entry["seeds"], entry["arms"].items()):
-            words = (*shlex.split(entry["flags"]), *shlex.split(flags))
-            found.append(Run(task, arm, seed, entry["script"], words, runs.absolute() / task / f"{arm}_{seed}"))
+        for seed, (arm, own) in product(entry["seeds"], entry["arms"].items()):
+            script, *flags = [entry["script"], *shlex.split(own)]
+            if flags and flags[0].endswith(".py"):
+                script, *flags = flags
+            words = (*shlex.split(entry["flags"]), *flags)
+            found.append(Run(task, arm, seed, script, words, runs.absolute() / task / f"{arm}_{seed}"))
     return found
 
 
@@ -144,13 +148,14 @@ def origin(run: Run) -> dict:
     """Where a run's numbers come from."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    versions = {package.name: package.version for package in distributions()}
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "command": run.command,
         "commit": commit.stdout.strip() or "unknown",
         "processor": models[0] if models else platform.processor(),
         "python": platform.python_version(),
-        "packages": {package: version(package) for package in PACKAGES},
+        "packages": {package: versions[package] for package in PACKAGES if package in versions},
     }
 
 
@@ -166,7 +171,7 @@ def train(run: Run) -> None:
         unfinished.write_text(json.dumps(origin(run), indent=2))
         os.replace(unfinished, run.folder / "origin.json")
     os.chdir(run.folder)
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str((ROOT / run.script).parent)]
     script = importlib.import_module(Path(run.script).stem)
     stopped = run.run_dir("checkpoint.*")
     sys.argv = [*run.command, *(("--resume", str(stopped)) if stopped else ())]  # a module to import is named again

@@ -174,15 +174,27 @@ def test_wrong_lists_and_names(words, entries, sentence):
     assert process.returncode == 1 and sentence in printed and "Traceback" not in printed
 
 
+def test_an_arm_with_a_script_of_its_own():
+    Path("list.toml").write_text(LIST.replace('"--policy diffusion"', '"benchmark/qvpo_sac.py --policy diffusion"'))
+    runs = benchmark_run.read_list(Path("list.toml"), Path("runs"), (SPREAD,))
+    flags = FLAGS.split()
+    own = ["benchmark/qvpo_sac.py", *flags, "--policy", "diffusion", "--seed", "1"]
+    shared = ["ddpl_mpe.py", *flags, "--policy", "gaussian", "--actor-lr", "0.001", "--seed", "1"]
+    assert [run.command for run in runs if run.seed == 1] == [own, shared]
+
+
 def test_the_projects_own_list():
     runs = benchmark_run.read_list(benchmark_run.ROOT / "benchmark" / "experiments.toml", Path("runs"))
     assert len({run.folder for run in runs}) == len(runs)
     for run in runs:
+        if "/" in run.script:  # a baseline, with packages of its own
+            assert (benchmark_run.ROOT / run.script).is_file()
+            continue
         script = __import__(Path(run.script).stem)
         argv, sys.argv = sys.argv, run.command
         try:
             args, _ = script.read_command_line()
         finally:
             sys.argv = argv
-        script.check_args(args)
+        script.check_args(script.with_preset(args) if run.script == "qvpo.py" else args)
         assert args.seed == run.seed
