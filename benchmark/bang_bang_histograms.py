@@ -2,8 +2,8 @@
 
     python benchmark/bang_bang_histograms.py runs HalfCheetah-v5
 
-Takes the runs of that task below a folder, with the default squash, entropy and copies, prints the mean square of each one's deterministic
-actions and draws the heads with seed 1 to benchmark/results/bang_bang/actions_<task>.png.
+Takes the runs of that task below a folder, with the default squash, entropy and copies, prints the mean square of each
+one's deterministic actions and draws the heads with seed 1 to benchmark/results/bang_bang/actions_<task>.png.
 """
 
 import json
