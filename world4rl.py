@@ -869,16 +869,18 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Successes, 1 or 0, of real episodes [episodes], and of imagined ones [max(episodes, 256)] from the same starts.
 
-    Leaves no trace in training's random numbers, and nothing else in the learner.
+    Imagined success is one NaN where there is no model. Leaves no trace in training's random numbers and the learner.
     """
     choose = chooser(learner, policy, deterministic)
     with forked_random_numbers(learner.device):
         torch.manual_seed(seed)
         seeds = episode_seeds(1, seed, 0, episodes)
         played = [play_episode(task, int(s), choose, learner.args.horizon, stop=True) for s in seeds]
+        real = np.array([float(episode.success.max()) for episode in played])
+        if learner.args.refine_in == "simulator":
+            return real, np.array([np.nan])
         start = torch.stack([episode.states[0] for episode in played]).repeat(math.ceil(256 / episodes), 1)
         imagined = imagine(learner, policy, start.to(learner.device), deterministic)
-    real = np.array([float(episode.success.max()) for episode in played])
     return real, imagined.reward.sum(0).cpu().numpy()
 
 
@@ -1234,8 +1236,8 @@ def check_args(args: Args) -> None:
     size = args.rollout_episodes * args.horizon
     require(args, "rollout_episodes", size <= 10**7, f"such that a rollout has 1e7 steps or fewer, not {size:.3g}")
     require(args, "num_minibatches", 2 * args.num_minibatches <= args.rollout_episodes, "at most half the episodes")
-    video = args.capture_video and args.evaluate is None
-    require(args, "capture_video", not video, "left out without --evaluate, which draws")
+    films = args.evaluate is not None and args.refine_in == "model"
+    require(args, "capture_video", films or not args.capture_video, "left out without --evaluate and a model to film")
 
 
 def check_run_args(args: Args) -> None:
@@ -1498,8 +1500,10 @@ def play(args: Args, given: Collection[str] = ()) -> None:
         for mode in ("stochastic", "deterministic"):
             deterministic = mode == "deterministic"
             real, imagined = evaluate(task, learner, policy, deterministic, args.final_eval_episodes, args.seed)
-            spread = f"{real.mean():.2f} over {len(real)} episodes"
-            print(f"{name:6s} {mode:13s} return {spread}, imagined {imagined.mean():.2f} over {len(imagined)}")
+            found = f"return {real.mean():.2f} over {len(real)} episodes"
+            if args.refine_in == "model":
+                found += f", imagined {imagined.mean():.2f} over {len(imagined)}"
+            print(f"{name:6s} {mode:13s} {found}")
     if args.capture_video:
         film(task, learner, args.seed, run_dir / "imagined.gif")
         print(f"{'video':20s} {run_dir / 'imagined.gif'}")

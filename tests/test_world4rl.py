@@ -332,12 +332,20 @@ def test_other_settings_run(options):
     assert 0 <= result["final_return"] <= 1
 
 
-def test_refinement_in_the_simulator_starts_from_the_same_clone(small):
+def test_refinement_in_the_simulator_starts_from_the_same_clone(small, capsys):
+    """And has no imagined success: there is no model."""
     result = world4rl.train(Args(**SMALL, refine_in="simulator"))
     ours, theirs = checkpoint_of(result)["learner"], checkpoint_of(small)["learner"]
     assert all(equal(ours[name], theirs[name]) for name in ours if name.startswith("clone."))
     assert result["real_steps"] == 4 * 40 + result["global_step"]
     assert result["clone_return"] == small["clone_return"]
+    rows = csv.DictReader(open(Path(result["run_dir"]) / "evaluations.csv"))
+    assert {row["imagined_success_rate"] for row in rows} == {"nan"}
+    world4rl.main(Args(evaluate=result["run_dir"], final_eval_episodes=2))
+    assert "imagined" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--capture-video: .* a model to film"):
+        world4rl.main(Args(evaluate=result["run_dir"], capture_video=True), {"capture_video"})
+    assert world4rl.train(Args(resume=result["run_dir"]))["final_return"] == result["final_return"]
 
 
 @pytest.mark.slow
