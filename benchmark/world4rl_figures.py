@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmark" / "results" / "world4rl"
 EPISODES = 30
 SAMPLES = 10  # of the future of each episode
 AHEAD = (1, 5, 10, 25, 50, 75)
+MODES = ("stochastic", "deterministic")
 STYLES = {"diffusion": "tab:blue", "mlp": "tab:orange", "simulator": "tab:gray"}
 
 
@@ -80,12 +81,12 @@ def measure(run_dirs: Sequence[Path]) -> None:
         writer.writerows(rows)
 
 
-def curves(task: Path, arm: str, mode: str, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [evaluations] of the first seed, and a column's values [seeds, evaluations]."""
-    tables = [list(csv.DictReader(open(path))) for path in sorted(task.glob(f"{arm}_*.csv"))]
-    chosen = [[row for row in table if row["mode"] == mode] for table in tables]
-    values = np.array([[float(row[column] or "nan") for row in rows] for rows in chosen])
-    return np.array([int(row["global_step"]) for row in chosen[0]]), values
+def curves(task: Path, arm: str, mode: str, column: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps [evaluations] of the first seed, and each seed's values [evaluations] of a column."""
+    tables = {path.stem.rpartition("_")[2]: csv.DictReader(open(path)) for path in sorted(task.glob(f"{arm}_*.csv"))}
+    chosen = {seed: [row for row in table if row["mode"] == mode] for seed, table in tables.items()}
+    values = {seed: np.array([float(row[column] or "nan") for row in rows]) for seed, rows in chosen.items()}
+    return np.array([int(row["global_step"]) for row in next(iter(chosen.values()))]), values
 
 
 def arms(task: Path) -> list[str]:
@@ -94,28 +95,56 @@ def arms(task: Path) -> list[str]:
     return [arm for arm in STYLES if arm in found] + sorted(found.difference(STYLES))
 
 
+def gain(task: Path, arm: str, mode: str) -> dict[str, float]:
+    """What refinement has added to real success, of each seed."""
+    _, real = curves(task, arm, mode, "success_rate")
+    return {seed: rates[-1] - rates[0] for seed, rates in real.items()}
+
+
+def less(one: dict[str, float], other: dict[str, float]) -> np.ndarray:
+    """Differences of the seeds that both have. They start from the same clone."""
+    return np.array([one[seed] - other[seed] for seed in one if seed in other])
+
+
+def row(task: Path, arm: str, mode: str) -> str:
+    """Cells of a page: success of clone and refined policy, real and imagined, each seed; the gain of the real one."""
+    both = [curves(task, arm, mode, column)[1].values() for column in ("success_rate", "imagined_success_rate")]
+    cells = [" ".join(f"{rates[i]:.2f}" for rates in seeds) for seeds in both for i in (0, -1)]
+    return f"| {' | '.join(cells)} | {with_interval([[*gain(task, arm, mode).values()]])} |"
+
+
 def gains(tasks: Sequence[Path]) -> list[str]:
-    """Rows of a page: success of clone and refined policy, each seed, and the gain, of every task and of all."""
+    """Rows of a page: every task, arm and way to play; the arms that all tasks have over all tasks, and against mlp."""
     rows = []
-    for mode in ("stochastic", "deterministic"):
-        every = {}
-        for task in tasks:
-            for arm in arms(task):
-                _, real = curves(task, arm, mode, "success_rate")
-                _, imagined = curves(task, arm, mode, "imagined_success_rate")
-                gain = real[:, -1] - real[:, 0]
-                every.setdefault(arm, []).append(gain)
-                cells = [" ".join(f"{rate:.2f}" for rate in rates[:, i]) for rates in (real, imagined) for i in (0, -1)]
-                rows.append(f"| {task.name}, {arm}, {mode} | {' | '.join(cells)} | {with_interval([gain])} |")
-        for arm, gain in every.items() if len(tasks) > 1 else ():
-            rows.append(f"| **all {len(gain)} tasks**, {arm}, {mode} | | | | | {with_interval(gain)} |")
+    shared = [arm for arm in STYLES if all(arm in arms(task) for task in tasks)]
+    for mode in MODES:
+        rows += [f"| {task.name}, {arm}, {mode} {row(task, arm, mode)}" for task in tasks for arm in arms(task)]
+        every = {arm: [gain(task, arm, mode) for task in tasks] for arm in shared}
+        for arm, found in every.items():
+            overall = with_interval([[*seeds.values()] for seeds in found])
+            rows.append(f"| **all {len(tasks)} tasks**, {arm}, {mode} | | | | | {overall} |")
+        if {"diffusion", "mlp"} <= every.keys():
+            differences = with_interval([less(*pair) for pair in zip(every["diffusion"], every["mlp"])])
+            rows.append(f"| diffusion less mlp, {mode} | | | | | {differences} |")
     return rows
 
 
-def with_interval(gains: Sequence[np.ndarray]) -> str:
+def ablations(task: Path) -> list[str]:
+    """Rows of a page: every arm and way to play; the last column is the gain less that of the defaults."""
+    rows = []
+    for mode in MODES:
+        default = gain(RESULTS / task.name, "diffusion", mode)
+        for arm in arms(task):
+            difference = with_interval([less(gain(task, arm, mode), default)])
+            rows.append(f"| {task.name}, {arm}, {mode} {row(task, arm, mode)} {difference} |")
+    return rows
+
+
+def with_interval(values: Sequence[Sequence[float]]) -> str:
     """The mean over the seeds of several tasks, with its interval."""
-    low, high = comparison.interval(comparison.resampled(gains, 0).mean(1))
-    return f"{np.concatenate(gains).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+    values = [np.array(seeds) for seeds in values]
+    low, high = comparison.interval(comparison.resampled(values, 0).mean(1))
+    return f"{np.concatenate(values).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def errors(table: Sequence[dict], column: str, **chosen: str) -> np.ndarray:
@@ -131,7 +160,8 @@ def plot(tasks: Sequence[Path], table: Sequence[dict]) -> None:
     for task, upper, lower in zip(tasks, *panels):
         for arm in arms(task):
             for column, style in (("success_rate", "-"), ("imagined_success_rate", "--")):
-                steps, rates = curves(task, arm, "stochastic", column)
+                steps, seeds = curves(task, arm, "stochastic", column)
+                rates = np.stack([*seeds.values()])
                 upper.plot(steps / 1000, rates.T, style, color=STYLES[arm], linewidth=0.5, alpha=0.4)
                 label = f"{arm}, {'real' if style == '-' else 'imagined'}"
                 upper.plot(steps / 1000, rates.mean(0), style, color=STYLES[arm], label=label)
@@ -159,7 +189,8 @@ def main(run_dirs: list[Path]) -> None:
     table = list(csv.DictReader(open(RESULTS / "fidelity.csv")))
     plot(tasks, table)
     print("| | clone, real | refined, real | clone, imagined | refined, imagined | gain |", *gains(tasks), sep="\n")
-    print("\nAblations:", *gains(sorted(RESULTS.with_name("world4rl_ablations").glob("*"))), sep="\n")
+    for task in sorted(RESULTS.with_name("world4rl_ablations").glob("*")):
+        print("\nAblations:", *ablations(task), sep="\n")
     print("\n| decisions ahead |", " | ".join(map(str, AHEAD)), "|")
     for name, arm, who in sorted({(row["task"], row["arm"], row["actions"]) for row in table}):
         cells = zip(*(errors(table, c, task=name, arm=arm, actions=who) for c in ("error", "spread")))

@@ -540,26 +540,30 @@ def test_unknown_tasks_list_the_known():
 # ---- benchmark/world4rl_figures.py
 
 
-def test_gains_of_the_page(tmp_path):
+def test_gains_of_the_page(tmp_path, monkeypatch):
     """Final success less the clone's, of every seed; over all tasks seeds are resampled within each."""
-    for name, refined in (("easy", (0.7, 0.9)), ("hard", (0.1, 0.1))):
-        (tmp_path / name).mkdir()
+
+    def write(path, last):
+        points = [(0, 0.5, 0.3), (100, 0.6, 0.4), (200, last, 1.0)]
+        lines = [f"{step},{mode},{real},{dreamt}" for step, real, dreamt in points for mode in world4rl_figures.MODES]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["global_step,mode,success_rate,imagined_success_rate", *lines]))
+
+    for task, refined in (("easy", (0.7, 0.9)), ("hard", (0.1, 0.1))):
         for seed, last in enumerate(refined, 1):
-            rows = [(0, 0.5, 0.3), (100, 0.6, 0.4), (200, last, 1.0)]
-            lines = [
-                f"{t},{mode},{real},{imagined}"
-                for t, real, imagined in rows
-                for mode in ("stochastic", "deterministic")
-            ]
-            header = "global_step,mode,success_rate,imagined_success_rate"
-            (tmp_path / name / f"diffusion_{seed}.csv").write_text("\n".join([header, *lines]))
+            write(tmp_path / task / f"diffusion_{seed}.csv", last)
+        write(tmp_path / task / "mlp_1.csv", 0.6)
     rows = world4rl_figures.gains([tmp_path / "easy", tmp_path / "hard"])
-    assert len(rows) == 2 * 3
-    assert (
-        rows[0]
-        == "| easy, diffusion, stochastic | 0.50 0.50 | 0.70 0.90 | 0.30 0.30 | 1.00 1.00 | +0.30 [+0.20, +0.40] |"
-    )
-    assert rows[2] == "| **all 2 tasks**, diffusion, stochastic | | | | | -0.05 [-0.10, +0.00] |"
+    assert len(rows) == 2 * 7
+    easy = "| easy, diffusion, stochastic | 0.50 0.50 | 0.70 0.90 | 0.30 0.30 | 1.00 1.00 | +0.30 [+0.20, +0.40] |"
+    assert rows[0] == easy
+    assert rows[4] == "| **all 2 tasks**, diffusion, stochastic | | | | | -0.05 [-0.10, +0.00] |"
+    assert rows[6].startswith("| diffusion less mlp, stochastic | | | | | -0.20 ")
+
+    write(tmp_path / "ablations" / "easy" / "raw_2.csv", 0.8)
+    monkeypatch.setattr(world4rl_figures, "RESULTS", tmp_path)
+    first, _ = world4rl_figures.ablations(tmp_path / "ablations" / "easy")
+    assert first.startswith("| easy, raw, stochastic | 0.50 | 0.80 |") and first.endswith(" -0.10 [-0.10, -0.10] |")
 
 
 def test_figures_of_what_is_measured(tmp_path, monkeypatch, capsys):
