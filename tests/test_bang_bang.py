@@ -430,6 +430,16 @@ def test_optimal_law_takes_the_closed_forms_time():
     assert (times < closed_form + 0.1).all() and (times > closed_form - 0.5).all()
 
 
+def test_a_fine_goal_rewards_who_rests():
+    """A mass at rest gets 1 a step, and at full force to and fro g / (g + half a step's velocity)."""
+    env = make_env("benchmark.bang_bang_fine_goal:FineGoal-0.02-v0")
+    env.reset(seed=1, options={"state": [0, 0]})
+    assert env.step(np.zeros(1))[1:4] == (1, False, False)
+    env.reset(seed=1, options={"state": [0, -0.025]})
+    for sign in (1, -1, 1, -1):
+        assert env.step(np.array([sign]))[1] == pytest.approx(0.02 / (0.02 + 0.025))
+
+
 def test_costly_env_is_the_task_where_acting_is_free():
     free, plain = make_costly_env(Args(env_id="Pendulum-v1")), make_env("Pendulum-v1")
     free.reset(seed=3), plain.reset(seed=3)
