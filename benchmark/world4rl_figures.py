@@ -102,7 +102,7 @@ def gain(task: Path, arm: str, mode: str) -> dict[str, float]:
 
 
 def less(one: dict[str, float], other: dict[str, float]) -> np.ndarray:
-    """Differences of the seeds that both have. They start from the same clone."""
+    """Differences of the seeds that both have."""
     return np.array([one[seed] - other[seed] for seed in one if seed in other])
 
 
