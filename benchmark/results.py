@@ -127,7 +127,7 @@ def plot(task: Path) -> None:
     lines = dict(zip(*axes.get_legend_handles_labels()[::-1]))
     axes.legend(lines.values(), lines.keys())
     figure.tight_layout()
-    figure.savefig(task.with_suffix(".png"))
+    figure.savefig(task.with_name(f"{task.name}.png"))
     plt.close(figure)
 
 
@@ -195,7 +195,7 @@ def plot_success(task: Path) -> None:
     panels[0].set(title=task.name, ylabel="success rate")
     panels[0].legend(loc="lower right")
     figure.tight_layout()
-    figure.savefig(task.with_suffix(".png"))
+    figure.savefig(task.with_name(f"{task.name}.png"))
     plt.close(figure)
 
 
