@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmark" / "results" / "world4rl"
 EPISODES = 30
 SAMPLES = 10  # of the future of each episode
 AHEAD = (1, 5, 10, 25, 50, 75)
+FRESH = ("4", "5")  # seeds on which nothing was chosen
 MODES = ("stochastic", "deterministic")
 STYLES = {"diffusion": "tab:blue", "mlp": "tab:orange", "simulator": "tab:gray"}
 
@@ -114,7 +115,7 @@ def row(task: Path, arm: str, mode: str) -> str:
 
 
 def gains(tasks: Sequence[Path]) -> list[str]:
-    """Rows of a page: every task, arm and way to play; the arms that all tasks have over all tasks, and against mlp."""
+    """Rows of a page: every task, arm and way to play; arms that all tasks have over all of them; diffusion less mlp."""
     rows = []
     shared = [arm for arm in STYLES if all(arm in arms(task) for task in tasks)]
     for mode in MODES:
@@ -123,6 +124,9 @@ def gains(tasks: Sequence[Path]) -> list[str]:
         for arm, found in every.items():
             overall = with_interval([[*seeds.values()] for seeds in found])
             rows.append(f"| **all {len(tasks)} tasks**, {arm}, {mode} | | | | | {overall} |")
+            fresh = [[seeds[seed] for seed in FRESH if seed in seeds] for seeds in found]
+            if all(fresh):
+                rows.append(f"| seeds {' and '.join(FRESH)} alone, {arm}, {mode} | | | | | {with_interval(fresh)} |")
         if {"diffusion", "mlp"} <= every.keys():
             differences = with_interval([less(*pair) for pair in zip(every["diffusion"], every["mlp"])])
             rows.append(f"| diffusion less mlp, {mode} | | | | | {differences} |")
@@ -162,6 +166,8 @@ def plot(tasks: Sequence[Path], table: Sequence[dict]) -> None:
             for column, style in (("success_rate", "-"), ("imagined_success_rate", "--")):
                 steps, seeds = curves(task, arm, "stochastic", column)
                 rates = np.stack([*seeds.values()])
+                if np.isnan(rates).all():  # refined without a model
+                    continue
                 upper.plot(steps / 1000, rates.T, style, color=STYLES[arm], linewidth=0.5, alpha=0.4)
                 label = f"{arm}, {'real' if style == '-' else 'imagined'}"
                 upper.plot(steps / 1000, rates.mean(0), style, color=STYLES[arm], label=label)
@@ -171,13 +177,14 @@ def plot(tasks: Sequence[Path], table: Sequence[dict]) -> None:
                 lower.plot(AHEAD, errors(table, "error", **chosen), style, color=STYLES[arm], label=f"{arm}, {who}")
                 if arm == "diffusion":
                     lower.plot(AHEAD, errors(table, "spread", **chosen), style, color=STYLES[arm], alpha=0.4)
-        upper.set(title=task.name, xlabel="thousand imagined steps", ylim=(0, 1))
+        upper.set(title=task.name, xlabel="thousand steps of refinement", ylim=(0, 1))
         lower.set(xlabel="decisions predicted ahead", yscale="log")
         upper.locator_params(axis="x", nbins=5)
     panels[0, 0].set(ylabel="success")
     panels[1, 0].set(ylabel="error of positions in mm (pale: spread)")
-    for ax in panels[:, 0]:
-        ax.legend(fontsize=7)
+    for row in panels:
+        lines = {line.get_label(): line for ax in row for line in ax.get_lines() if line.get_label()[0] != "_"}
+        row[0].legend(lines.values(), lines.keys(), fontsize=7)
     plt.tight_layout()
     plt.savefig(RESULTS / "world4rl.png", dpi=90)
 

@@ -560,6 +560,11 @@ def test_gains_of_the_page(tmp_path, monkeypatch):
     assert rows[4] == "| **all 2 tasks**, diffusion, stochastic | | | | | -0.05 [-0.10, +0.00] |"
     assert rows[6].startswith("| diffusion less mlp, stochastic | | | | | -0.20 ")
 
+    for task in ("easy", "hard"):
+        write(tmp_path / task / "diffusion_4.csv", 0.6)
+    (fresh,) = [row for row in world4rl_figures.gains([tmp_path / "easy", tmp_path / "hard"])[:8] if "alone" in row]
+    assert fresh == "| seeds 4 and 5 alone, diffusion, stochastic | | | | | +0.10 [+0.10, +0.10] |"
+
     write(tmp_path / "ablations" / "easy" / "raw_2.csv", 0.8)
     monkeypatch.setattr(world4rl_figures, "RESULTS", tmp_path)
     first, _ = world4rl_figures.ablations(tmp_path / "ablations" / "easy")
