@@ -115,7 +115,7 @@ def row(task: Path, arm: str, mode: str) -> str:
 
 
 def gains(tasks: Sequence[Path]) -> list[str]:
-    """Rows of a page: every task, arm and way to play; arms that all tasks have over all of them; diffusion less mlp."""
+    """Rows of a page: every task, arm and way to play; arms that all tasks have over all of them; the two models."""
     rows = []
     shared = [arm for arm in STYLES if all(arm in arms(task) for task in tasks)]
     for mode in MODES:
