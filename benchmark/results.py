@@ -45,7 +45,7 @@ def place(args: dict) -> tuple[str, str, str]:
         return "smax", args["map_name"] + budget, args["policy"] + ("-raw" if args["raw_actions"] else "")
     if args["script"] == "ddpl_isaaclab":
         return "isaaclab", args["task"].rpartition(":")[2], args["policy"]
-    task = args["env_id"].replace("/", "-")
+    task = args["env_id"].rpartition(":")[2].replace("/", "-")
     if args["script"] == "ddpl_mpe":
         return "mpe", task + (f"_N{args['num_agents'] or 3}" if task == "simple_spread_v3" else ""), args["policy"]
     if args["script"] == "bang_bang":

@@ -39,8 +39,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 BUDGETS = ("--total-timesteps", "--total-trajectories")
-PACKAGES = ("torch", "numpy", "gymnasium", "mpe2", "gymnasium-robotics", "mujoco", "dm_control", "metaworld", "jax")
-PACKAGES += ("jaxmarl", "stable_baselines3")
+PACKAGES = (
+    *("torch", "jax", "numpy", "gymnasium", "mujoco", "stable_baselines3"),
+    *("mpe2", "gymnasium-robotics", "jaxmarl", "dm_control", "metaworld"),
+)
 
 
 @dataclass
@@ -136,10 +138,9 @@ def read_list(path: Path, runs: Path, names: Sequence[str] = ()) -> list[Run]:
         if names and task not in names and task.split("/")[0] not in names:
             continue
         for seed, (arm, own) in product(entry["seeds"], entry["arms"].items()):
-            script, *flags = [entry["script"], *shlex.split(own)]
-            if flags and flags[0].endswith(".py"):
-                script, *flags = flags
-            words = (*shlex.split(entry["flags"]), *flags)
+            own_words = shlex.split(own)
+            script = own_words.pop(0) if own_words and own_words[0].endswith(".py") else entry["script"]
+            words = (*shlex.split(entry["flags"]), *own_words)
             found.append(Run(task, arm, seed, script, words, runs.absolute() / task / f"{arm}_{seed}"))
     return found
 

@@ -107,7 +107,7 @@ def less(one: dict[str, float], other: dict[str, float]) -> np.ndarray:
     return np.array([one[seed] - other[seed] for seed in one if seed in other])
 
 
-def row(task: Path, arm: str, mode: str) -> str:
+def success_cells(task: Path, arm: str, mode: str) -> str:
     """Cells of a page: success of clone and refined policy, real and imagined, each seed; the gain of the real one."""
     both = [curves(task, arm, mode, column)[1].values() for column in ("success_rate", "imagined_success_rate")]
     cells = [" ".join(f"{rates[i]:.2f}" for rates in seeds) for seeds in both for i in (0, -1)]
@@ -119,7 +119,9 @@ def gains(tasks: Sequence[Path]) -> list[str]:
     rows = []
     shared = [arm for arm in STYLES if all(arm in arms(task) for task in tasks)]
     for mode in MODES:
-        rows += [f"| {task.name}, {arm}, {mode} {row(task, arm, mode)}" for task in tasks for arm in arms(task)]
+        rows += [
+            f"| {task.name}, {arm}, {mode} {success_cells(task, arm, mode)}" for task in tasks for arm in arms(task)
+        ]
         every = {arm: [gain(task, arm, mode) for task in tasks] for arm in shared}
         for arm, found in every.items():
             overall = with_interval([[*seeds.values()] for seeds in found])
@@ -140,7 +142,7 @@ def ablations(task: Path) -> list[str]:
         default = gain(RESULTS / task.name, "diffusion", mode)
         for arm in arms(task):
             difference = with_interval([less(gain(task, arm, mode), default)])
-            rows.append(f"| {task.name}, {arm}, {mode} {row(task, arm, mode)} {difference} |")
+            rows.append(f"| {task.name}, {arm}, {mode} {success_cells(task, arm, mode)} {difference} |")
     return rows
 
 

@@ -174,13 +174,22 @@ def test_wrong_lists_and_names(words, entries, sentence):
     assert process.returncode == 1 and sentence in printed and "Traceback" not in printed
 
 
-def test_an_arm_with_a_script_of_its_own():
-    Path("list.toml").write_text(LIST.replace('"--policy diffusion"', '"benchmark/qvpo_sac.py --policy diffusion"'))
-    runs = benchmark_run.read_list(Path("list.toml"), Path("runs"), (SPREAD,))
-    flags = FLAGS.split()
-    own = ["benchmark/qvpo_sac.py", *flags, "--policy", "diffusion", "--seed", "1"]
-    shared = ["ddpl_mpe.py", *flags, "--policy", "gaussian", "--actor-lr", "0.001", "--seed", "1"]
-    assert [run.command for run in runs if run.seed == 1] == [own, shared]
+def test_an_arm_with_a_script_of_its_own(monkeypatch):
+    """It takes the flags of all arms and its own, and is found in the folder where it stands."""
+    Path("list.toml").write_text(LIST.replace('"--policy diffusion"', '"baseline/echo_words.py --policy diffusion"'))
+    Path("baseline").mkdir()
+    lines = ["import sys", "def read_command_line():", "    return ()", "def main():", "    print(*sys.argv)"]
+    Path("baseline/echo_words.py").write_text("\n".join(lines))
+    own, other, *_ = benchmark_run.read_list(Path("list.toml"), Path("runs"), (SPREAD,))
+    assert own.command == ["baseline/echo_words.py", *FLAGS.split(), "--policy", "diffusion", "--seed", "1"]
+    assert other.script == "ddpl_mpe.py"
+
+    monkeypatch.setattr(benchmark_run, "ROOT", Path.cwd())
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(Path.cwd())  # and back in the end
+    benchmark_run.train._function(own)
+    assert Path("output.txt").read_text().split() == own.command
 
 
 def test_the_projects_own_list():
