@@ -32,6 +32,13 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
 
+HASAC = {"hasac": ("hasac", "tab:green"), "hasac-our-temperature": ("hasac", "tab:red")}
+PEERS = {  # benchmark: other people's arms, the benchmark where they are kept under the same tasks, their colours
+    "mpe_long": HASAC,
+    "mamujoco": HASAC,
+    "isaaclab": {"mappo": ("isaaclab_mappo", "gray")},
+}
+
 # What a benchmark is judged by, if not by the return
 SCORES = {"smax": "win_rate"} | dict.fromkeys(("isaaclab", "isaaclab_longer", "isaaclab_mappo"), "success_rate")
 
@@ -85,6 +92,15 @@ def collect(runs: Path) -> None:
             (folder / f"{arm}_{seed}.csv").write_text("\n".join([header, *rows]) + "\n")
 
 
+def arms_of(task: Path) -> dict[str, tuple[Path, str]]:
+    """Folder and colour of every arm to plot: ours and, where they were run on this task, other people's."""
+    arms = {arm: (task, color) for arm, color in ARMS[task.parent.name].items()}
+    for arm, (benchmark, color) in PEERS.get(task.parent.name, {}).items():
+        if list((RESULTS / benchmark / task.name).glob(f"{arm}_*.csv")):
+            arms[arm] = (RESULTS / benchmark / task.name, color)
+    return arms
+
+
 def load(task: Path, arm: str, mode: str) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Steps [evaluations], scores [seeds, evaluations], and the seeds' mean minutes and final spread (or saturation).
 
@@ -113,8 +129,8 @@ def interval(samples: np.ndarray) -> np.ndarray:
 def plot(task: Path) -> None:
     """<task>.png: mean and interval over seeds of the deterministic scores, each seed as a thin line."""
     figure, axes = plt.subplots(figsize=(5, 3.2), dpi=100)
-    for arm, color in ARMS[task.parent.name].items():
-        steps, scores, *_ = load(task, arm, "deterministic")
+    for arm, (folder, color) in arms_of(task).items():
+        steps, scores, *_ = load(folder, arm, "deterministic")
         axes.plot(steps / 1000, scores.T, color=color, linewidth=0.5, alpha=0.4)
         axes.plot(steps / 1000, scores.mean(0), color=color, label=f"{arm} ({len(scores)} seeds)")
         axes.fill_between(steps / 1000, *interval(bootstrap(scores)), color=color, alpha=0.2, linewidth=0)
@@ -147,15 +163,16 @@ def ippo_curves(map_name: str, window: int = 40_000) -> list[np.ndarray]:
 def table_rows(task: Path) -> list[str]:
     """The rows of a page of one task: final scores of every seed, their mean and interval, and the difference.
 
-    The difference is that of the first and the last arm of ARMS; arms that ARMS does not name follow behind.
+    The difference is that of the first and the last arm of ARMS; others, ours or other people's, follow behind.
     """
     rows, final = [], {}
     arms = list(ARMS[task.parent.name])
-    others = {path.stem.rpartition("_")[0] for path in task.glob("*.csv")}.difference(arms)
-    for arm in arms + sorted(others):
+    others = {path.stem.rpartition("_")[0]: task for path in sorted(task.glob("*.csv"))}
+    folders = others | {arm: folder for arm, (folder, _) in arms_of(task).items()}
+    for arm in [*arms, *(other for other in folders if other not in arms)]:
         cells, spreads = [], []
         for mode in ("deterministic", "stochastic"):
-            _, scores, minutes, spread = load(task, arm, mode)
+            _, scores, minutes, spread = load(folders[arm], arm, mode)
             final[arm, mode] = scores[:, -1]
             low, high = interval(bootstrap(scores[:, -1]))
             cells.append(f"{scores[:, -1].mean():.2f} [{low:.2f}, {high:.2f}]")
@@ -172,19 +189,11 @@ def table_rows(task: Path) -> list[str]:
     return rows
 
 
-def success_arms(task: Path) -> dict[str, tuple[Path, str]]:
-    """Folder and colour of every arm of an Isaac Lab task: ours and, where it was run, skrl's MAPPO."""
-    mappo = RESULTS / "isaaclab_mappo" / task.name
-    arms = {arm: (task, color) for arm, color in ARMS["isaaclab"].items()}
-    compared = task.parent.name == "isaaclab" and mappo.exists()
-    return arms | ({"mappo": (mappo, "gray")} if compared else {})
-
-
 def plot_success(task: Path) -> None:
     """<task>.png: success of the deterministic policies against frames and against seconds, a line per seed."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), dpi=100, sharey=True)
     for axes, column in zip(panels, ("global_step", "seconds")):
-        for arm, (folder, color) in success_arms(task).items():
+        for arm, (folder, color) in arms_of(task).items():
             _, rates, *_ = load(folder, arm, "deterministic")
             tables = [csv.DictReader(open(path)) for path in sorted(folder.glob(f"{arm}_*.csv"))]
             when = np.array([[float(r[column]) for r in table if r["mode"] == "deterministic"] for table in tables])
@@ -205,7 +214,7 @@ def success_rows(task: Path) -> list[str]:
     The difference is that of the two policies; MAPPO, whose budget is another, follows behind.
     """
     rows, final = [], {}
-    for arm, (folder, _) in success_arms(task).items():
+    for arm, (folder, _) in arms_of(task).items():
         for mode in ("deterministic", "stochastic"):
             steps, rates, *_ = load(folder, arm, mode)
             final[arm, mode] = rates[:, -1]
@@ -225,22 +234,24 @@ def success_rows(task: Path) -> list[str]:
 
 
 def compared() -> dict[str, list[comparison.Task]]:
-    """The tasks on which diffusion and Gaussian policies are compared, by benchmark, and all of them."""
+    """The tasks on which diffusion and Gaussian policies are compared, by benchmark, and all of them.
+
+    A task that was also run with the longer budget (<benchmark>_long) counts with that one alone.
+    """
     zeros = {row["task"]: float(row["return_mean"]) for row in csv.DictReader(open(RESULTS / "random.csv"))}
     groups = {}
-    for benchmark in ("mpe", "mpe_long", "mamujoco", "smax", "isaaclab"):
-        if not (RESULTS / benchmark).exists():
-            continue
+    for benchmark in ("mpe", "mamujoco", "smax", "isaaclab"):
         tasks = []
-        for folder in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
-            name = f"{benchmark}/{folder.name}"
+        for folder in sorted(path for path in (RESULTS / benchmark).glob("*") if path.is_dir()):
+            longer = RESULTS / f"{benchmark}_long" / folder.name
+            folder = longer if longer.exists() else folder
             finals = [load(folder, arm, "deterministic")[1][:, -1] for arm in ("diffusion", "gaussian")]
             task = comparison.Task(folder.name, *finals)
-            if benchmark in SCORES:
-                tasks.append(task)
-            elif name in zeros:
-                tasks.append(task.normalised(zeros[name]))
-        groups[benchmark] = tasks
+            if benchmark not in SCORES:
+                task = task.normalised(zeros[f"{folder.parent.name}/{folder.name}"])
+            tasks.append(task)
+        if tasks:
+            groups[benchmark] = tasks
     return groups | {"all": [task for tasks in groups.values() for task in tasks]}
 
 

@@ -109,3 +109,37 @@ def test_every_team_has_a_row_for_each_way(monkeypatch, tmp_path):
     rows = list(csv.DictReader(open(tmp_path / "benchmark" / "results" / "deterministic_play.csv")))
     assert [row["way"] for row in rows] == list(deterministic_play.WAYS)
     assert all(-30 < float(row["return_mean"]) < -5 for row in rows)  # random play: -36
+
+
+def write_returns(folder: Path, **finals: float) -> None:
+    """A curve of two points for each of these arms, with one seed."""
+    folder.mkdir(parents=True)
+    for arm, final in finals.items():
+        lines = ["global_step,seconds,mode,return_mean,success_rate"]
+        lines += [f"{step},{step},{mode},{final},1" for step in (1, 2) for mode in ("stochastic", "deterministic")]
+        (folder / f"{arm.replace('_', '-')}_1.csv").write_text("\n".join(lines))
+
+
+def test_other_peoples_arms_stand_behind_ours(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    write_returns(tmp_path / "mamujoco" / "Ant_4x2", diffusion=3.0, gaussian=1.0, gaussian_local=7.0)
+    write_returns(tmp_path / "mamujoco" / "Hopper_3x1", diffusion=3.0, gaussian=1.0)
+    write_returns(tmp_path / "hasac" / "Ant_4x2", hasac=5.0, hasac_our_temperature=6.0)
+    tables = [results.table_rows(tmp_path / "mamujoco" / task) for task in ("Ant_4x2", "Hopper_3x1")]
+    arms = ["diffusion", "gaussian", "difference", "gaussian-local", "hasac", "hasac-our-temperature"]
+    assert [[row.split("|")[2].strip() for row in rows] for rows in tables] == [arms, arms[:3]]
+    returns = [row.split("|")[3].split()[0] for row in tables[0]]
+    assert returns == ["3.00", "1.00", "+2.00", "7.00", "5.00", "6.00"]
+    assert list(results.arms_of(tmp_path / "mamujoco" / "Ant_4x2")) == [*arms[:2], *arms[4:]]
+
+
+def test_a_task_is_compared_with_its_longest_budget(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for folder, final in (("mpe/a", 1.0), ("mpe/b", 2.0), ("mpe_long/b", 4.0)):
+        write_returns(tmp_path / folder, diffusion=final, gaussian=final)
+    lines = ["task,return_mean", "mpe/a,-1", "mpe/b,-2", "mpe_long/b,0"]
+    (tmp_path / "random.csv").write_text("\n".join(lines))
+    groups = results.compared()
+    assert list(groups) == ["mpe", "all"] and [task.name for task in groups["all"]] == ["a", "b"]
+    write_returns(tmp_path / "isaaclab" / "c", diffusion=0.0, gaussian=0.0)
+    assert results.compared()["isaaclab"][0].ours.item() == 1  # a rate, as it is

@@ -1,0 +1,73 @@
+"""benchmark/hasac.py: our tasks as HARL steps them. HARL itself is not installed here; a stand-in takes its place."""
+
+import importlib
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import ddpl_mamujoco
+import ddpl_mpe
+
+
+@pytest.fixture
+def hasac(monkeypatch):
+    for name in ("harl", "harl.runners", "harl.runners.off_policy_base_runner", "harl.runners.off_policy_ha_runner"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["harl"].__file__ = "HARL/harl/__init__.py"
+    sys.modules["harl.runners"].off_policy_base_runner = sys.modules["harl.runners.off_policy_base_runner"]
+    sys.modules["harl.runners.off_policy_ha_runner"].OffPolicyHARunner = object
+    yield importlib.import_module("benchmark.hasac")
+    del sys.modules["benchmark.hasac"]
+
+
+def test_its_copies_play_what_our_script_plays(hasac):
+    """The same seeds and actions give the same observations and rewards, up to the last of an episode and beyond."""
+    env = ddpl_mpe.VectorMPE("simple_speaker_listener_v4", None, 2)
+    copies = hasac.Copies(hasac.Args(env_id="simple_speaker_listener_v4", seed=3), 2)
+    obs, state, available = copies.reset()
+    seeds = [ddpl_mpe.episode_seeds(0, 3, episode, 2) for episode in range(2)]
+    assert np.array_equal(obs, env.reset(seeds[0])) and state.shape == (2, 2, env.state_size)
+    assert [action is None for action in available] == [True, True]
+    generator = np.random.default_rng(0)
+    for step in range(1, 26):
+        actions = generator.uniform(-1, 1, (2, 2, env.action_size))
+        expected, reward, *_ = env.step(actions)
+        obs, state, rewards, dones, infos, _ = copies.step(actions)
+        assert np.array_equal(rewards, np.broadcast_to(reward[:, None, None], (2, 2, 1)))
+        assert (dones == (step == 25)).all()
+        assert all(info[0]["bad_transition"] == (step == 25) for info in infos)  # HARL's word for a time limit
+        if step < 25:
+            assert np.array_equal(obs, expected)
+            assert np.array_equal(state, np.repeat(expected.reshape(2, 1, -1), 2, axis=1))
+    assert np.array_equal([info[0]["original_obs"] for info in infos], expected)
+    assert np.array_equal([info[0]["original_state"][1] for info in infos], expected.reshape(2, -1))
+    assert np.array_equal(obs, env.reset(seeds[1]))
+
+
+def test_a_robot_that_falls_is_no_time_limit(hasac):
+    """A Hopper falls at another step in every copy; that one alone starts anew."""
+    copies = hasac.Copies(hasac.Args(scenario="Hopper", agent_conf="3x1"), 2)
+    assert isinstance(copies.envs[0], ddpl_mamujoco.StackedAgents)
+    obs, state, _ = copies.reset()
+    assert state.shape == (2, 3, copies.envs[0].state_size)
+    generator = np.random.default_rng(0)
+    ended = set()
+    while len(ended) < 2:
+        obs, state, rewards, dones, infos, _ = copies.step(generator.uniform(-1, 1, (2, 3, 1)))
+        for copy in np.flatnonzero(dones.all(1)):
+            ended.add(copy)
+            assert not infos[copy][0]["bad_transition"]
+            assert not np.array_equal(infos[copy][0]["original_obs"], obs[copy])
+        assert (dones.all(1) == dones.any(1)).all()
+    assert (copies.episodes >= 2).all()
+
+
+def test_it_looks_for_the_settings_of_its_task(hasac):
+    assert hasac.tuned_settings(hasac.Args(env_id="simple_reference_v3")).startswith(
+        "pettingzoo_mpe/simple_reference_v*"
+    )
+    robot = hasac.Args(scenario="HalfCheetah", agent_conf="6x1")
+    assert hasac.tuned_settings(robot) == "mamujoco/HalfCheetah-v2-6x1/hasac/config.json"
+    assert robot.script.scenario == "HalfCheetah" and robot.task == "HalfCheetah_6x1"
