@@ -135,11 +135,12 @@ def test_other_peoples_arms_stand_behind_ours(monkeypatch, tmp_path):
 
 def test_a_task_is_compared_with_its_longest_budget(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    for folder, final in (("mpe/a", 1.0), ("mpe/b", 2.0), ("mpe_long/b", 4.0)):
-        write_returns(tmp_path / folder, diffusion=final, gaussian=final)
+    for folder, final in (("mpe/a", 1.0), ("mpe/b", 1.0), ("mpe_long/b", 3.0)):
+        write_returns(tmp_path / folder, diffusion=final, gaussian=1.0)
     lines = ["task,return_mean", "mpe/a,-1", "mpe/b,-2", "mpe_long/b,0"]
     (tmp_path / "random.csv").write_text("\n".join(lines))
     groups = results.compared()
     assert list(groups) == ["mpe", "all"] and [task.name for task in groups["all"]] == ["a", "b"]
+    assert [task.ours.item() for task in groups["mpe"]] == [1, 1.5]  # 3 of a mean of 2, above random play's 0
     write_returns(tmp_path / "isaaclab" / "c", diffusion=0.0, gaussian=0.0)
     assert results.compared()["isaaclab"][0].ours.item() == 1  # a rate, as it is
