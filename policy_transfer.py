@@ -24,7 +24,6 @@ one rewrite pendulum: grid_value and grid_policy see only its Chain.
 import csv
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -184,8 +183,7 @@ def lyapunov_operator(problem: LQR, K: Array) -> Array:
 
 def lyapunov(operator: Array, *sources: Array) -> Array:
     """Solutions [..., n, n] of operator P + source = 0, for symmetric sources [n, n]."""
-    solved = -solve(operator, np.stack([source.ravel() for source in sources], 1))
-    solved = solved.T.reshape(-1, *sources[0].shape)
+    solved = -solve(operator, np.stack([source.ravel() for source in sources], 1)).T.reshape(-1, *sources[0].shape)
     return (solved + solved.mT) / 2
 
 
@@ -559,12 +557,10 @@ def measure_model_free(args: Args) -> list[dict]:
         limits = [best_policy(limit, riccati(limit))[0] for limit in (euler_limit(problem, step) for step in steps)]
         exact[repeat] = norm(np.array(limits) - best, axis=(1, 2)) / norm(best)
         start = random_start(euler_limit(problem, steps[0]), limits[0], rng, distance=0.5)
-        for i, count in enumerate(counts):
-            K = model_free_ipo(problem, start, count, steps[1], rng)
-            of_counts[repeat, i] = norm(K - limits[1]) / norm(limits[1])
-        for i, step in enumerate(steps):
-            K = model_free_ipo(problem, start, counts[-1], step, rng)
-            of_steps[repeat, i] = norm(K - best) / norm(best)
+        gains = [model_free_ipo(problem, start, count, steps[1], rng) for count in counts]
+        of_counts[repeat] = norm(np.array(gains) - limits[1], axis=(1, 2)) / norm(limits[1])
+        gains = [model_free_ipo(problem, start, counts[-1], step, rng) for step in steps]
+        of_steps[repeat] = norm(np.array(gains) - best, axis=(1, 2)) / norm(best)
     rows = curve("model-free: error over trajectories", counts, of_counts, math.inf)
     rows += curve("model-free: error over the step", steps, of_steps, math.inf)
     return rows + curve("model-free: endless trajectories", steps, exact, math.inf)
@@ -675,9 +671,8 @@ def run(args: Args) -> dict:
     run_dir = Path("runs") / f"{SCRIPT}__{args.num_pairs}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **asdict(args)}, indent=2))
-    rows = []
-    for measure in (measure_learning, measure_model_free, measure_transfer, measure_pendulum, measure_diffusion):
-        rows += measure(args)
+    measures = measure_learning, measure_model_free, measure_transfer, measure_pendulum, measure_diffusion
+    rows = [row for measure in measures for row in measure(args)]
     write_csv(run_dir / "policy_transfer.csv", rows)
     plot(rows, run_dir / "policy_transfer.png")
     return {"run_dir": str(run_dir), "rows": rows}
@@ -721,7 +716,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(f"{path}.tmp", path)
+    Path(f"{path}.tmp").replace(path)
 
 
 PANELS = (  # what the names of the quantities have in them; scales and labels of x and y
