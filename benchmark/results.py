@@ -25,6 +25,7 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mpe": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mpe_long": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mamujoco": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "control": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab_longer": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
