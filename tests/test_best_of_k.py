@@ -32,10 +32,11 @@ def test_the_best_of_its_own_samples():
         return (torch.arange(count)[None, :, None] == wanted).float().expand(agents, count, rows)
 
     obs = torch.zeros(3, 5, 7)
+    obs[..., 0] = 100 * torch.arange(5)  # is added to the actions, which tells whose sample was played
     actions = best_of_k.BestOfK(Counting(), third_for_agent_1_else_first).sample(obs)
     numbers = torch.stack([torch.arange(5), 10 + torch.arange(5), torch.arange(5)])
-    assert torch.equal(actions[..., 1], numbers.float())
-    assert torch.equal(actions[..., 0], torch.arange(3.0)[:, None].expand(3, 5))
+    assert torch.equal(actions[..., 1], obs[..., 0] + numbers)
+    assert torch.equal(actions[..., 0], obs[..., 0] + torch.arange(3)[:, None])
 
 
 @pytest.fixture
