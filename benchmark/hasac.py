@@ -1,7 +1,7 @@
 """HARL's HASAC (Liu et al. 2024), the strongest public peer, on the tasks of ddpl_mpe.py and ddpl_mamujoco.py.
 
     git clone https://github.com/PKU-MARL/HARL && git -C HARL checkout d539bad
-    pip install absl-py setproctitle tensorboardX
+    pip install absl-py==2.5.1 setproctitle==1.3.8 tensorboardX==2.6.5
     PYTHONPATH=HARL python benchmark/hasac.py --env-id simple_spread_v3 --total-timesteps 400000
     PYTHONPATH=HARL python benchmark/hasac.py --scenario HalfCheetah --agent-conf 2x3 --total-timesteps 200000
 
@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -135,8 +136,7 @@ class Runner(OffPolicyHARunner):
     """HARL's runner, with evaluations of our kind; it also is the policy that those play."""
 
     def __init__(self, args: Args, run_dir: Path):
-        (path,) = TUNED.glob(tuned_settings(args))
-        settings = json.loads(path.read_text())
+        settings = json.loads(tuned_settings(args).read_text())
         learning, task = settings["algo_args"], settings["env_args"]
         training = learning["train"]
         training["num_env_steps"] = args.total_timesteps - training["warmup_steps"]
@@ -188,14 +188,24 @@ class Runner(OffPolicyHARunner):
         """Nothing: HARL would keep the networks at every evaluation."""
 
 
-def tuned_settings(args: Args) -> str:
-    """Where HARL keeps its settings for a task."""
+def tuned_settings(args: Args) -> Path:
+    """The file of HARL's settings for a task; ends the program, naming the choices, where there is none."""
+    kind, name = "pettingzoo_mpe", f"{args.env_id.rpartition('_')[0]}_v*-continuous"
     if args.scenario:
-        return f"mamujoco/{args.scenario}-v2-{args.agent_conf}/hasac/config.json"
-    return f"pettingzoo_mpe/{args.env_id.rpartition('_')[0]}_v*-continuous/hasac/config.json"
+        kind, name = "mamujoco", f"{args.scenario}-v2-{args.agent_conf}"
+    found = {path.parent.parent.name: path for path in TUNED.glob(f"{kind}/*/hasac/config.json")}
+    for tuned, path in found.items():
+        if fnmatch(tuned, name):
+            return path
+    raise SystemExit(f"hasac.py: error: HARL has no settings for {args.task}, only for {', '.join(sorted(found))}")
 
 
 def main(args: Args) -> None:
+    if args.total_timesteps % 1000 or args.eval_interval % 1000 or args.total_timesteps <= 10_000:
+        raise SystemExit(
+            "hasac.py: error: --total-timesteps, above 10000, and --eval-interval must be multiples of 1000"
+        )
+    tuned_settings(args)  # or there is no run
     run_dir = Path("runs") / f"hasac__{args.task}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps({"script": "hasac", **asdict(args)}, indent=2))

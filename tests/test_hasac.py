@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -64,10 +65,23 @@ def test_a_robot_that_falls_is_no_time_limit(hasac):
     assert (copies.episodes >= 2).all()
 
 
-def test_it_looks_for_the_settings_of_its_task(hasac):
-    assert hasac.tuned_settings(hasac.Args(env_id="simple_reference_v3")).startswith(
-        "pettingzoo_mpe/simple_reference_v*"
-    )
-    robot = hasac.Args(scenario="HalfCheetah", agent_conf="6x1")
-    assert hasac.tuned_settings(robot) == "mamujoco/HalfCheetah-v2-6x1/hasac/config.json"
-    assert robot.script.scenario == "HalfCheetah" and robot.task == "HalfCheetah_6x1"
+def test_it_looks_for_the_settings_of_its_task(hasac, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    particle_tasks = "simple_reference_v2-continuous", "simple_spread_v2-discrete"
+    for name in ("mamujoco/Ant-v2-4x2", *(f"pettingzoo_mpe/{task}" for task in particle_tasks)):
+        (tmp_path / name / "hasac").mkdir(parents=True)
+        (tmp_path / name / "hasac" / "config.json").touch()
+    monkeypatch.setattr(hasac, "TUNED", tmp_path)
+    robot, particles = hasac.Args(scenario="Ant", agent_conf="4x2"), hasac.Args(env_id="simple_reference_v3")
+    assert [hasac.tuned_settings(args).parent.parent.name for args in (robot, particles)] == [
+        "Ant-v2-4x2",
+        "simple_reference_v2-continuous",
+    ]
+    assert robot.script.scenario == "Ant" and robot.task == "Ant_4x2"
+    for args, choices in ((hasac.Args(scenario="Swimmer"), "Ant-v2-4x2$"), (hasac.Args(), "simple_reference_v2-")):
+        with pytest.raises(SystemExit, match=f"no settings for {args.task}, only for {choices}"):
+            hasac.main(args)
+    for wrong in ({"eval_interval": 500}, {"total_timesteps": 10_000}):
+        with pytest.raises(SystemExit, match="must be multiples of 1000"):
+            hasac.main(hasac.Args(**wrong))
+    assert not Path("runs").exists()
