@@ -1,14 +1,21 @@
-"""HARL's HASAC (Liu et al. 2024), the strongest public peer, on the tasks of ddpl_mpe.py and ddpl_mamujoco.py.
+"""HARL's HASAC (Liu et al. 2024), a strong public peer, on the tasks of ddpl_mpe.py and ddpl_mamujoco.py.
 
     git clone https://github.com/PKU-MARL/HARL && git -C HARL checkout d539bad
     pip install absl-py==2.5.1 setproctitle==1.3.8 tensorboardX==2.6.5
     PYTHONPATH=HARL python benchmark/hasac.py --env-id simple_spread_v3 --total-timesteps 400000
     PYTHONPATH=HARL python benchmark/hasac.py --scenario HalfCheetah --agent-conf 2x3 --total-timesteps 200000
 
-Networks, learning, replay and loop are HARL's own, with its tuned settings for the task. Adapted are the environments,
-which are those of our scripts, with their actions in [-1, 1], rewards, states and padding, all 20 copies in this
-process; evaluations, which are on our scripts' episodes; one thread, on a CPU. Its rewards are then means over agents
-where HARL sums them. --temperature ours changes one thing more: its temperatures start, move and aim as ours do.
+Networks, learning, replay and loop are HARL's own, with the settings that it tuned for the task over 10 million steps.
+Adapted, so that this is not HASAC as published:
+- The environments are those of our scripts, all 20 copies in this process. On MuJoCo HARL's agents see the whole state,
+  standardised, and their number; here they see what ours see, raw, and the critic the raw state. On mpe2 an action is a
+  force in two dimensions and a message scaled to its bounds, where HARL has five movements, and clips at 0.
+- Evaluations are on our scripts' episodes, of the current policy (ours play averaged weights). One thread, on a CPU.
+- The warm-up's steps count.
+On mpe2 it learns from the sum of the agents' rewards, as in HARL; the evaluations show the mean.
+
+--temperature ours: temperatures start, move at each update and aim as our Gaussians' do, and rewards are the mean, as
+ours. HARL updates every 20 steps, our scripts every 8, and its critic keeps the entropy bonus that ours has not.
 
 A run is written to runs/hasac__<task>__<seed>__<time>/, and does not go on once it is killed.
 """
@@ -56,9 +63,8 @@ class Args:
     """Environment steps in all, summed over the copies."""
     eval_interval: int = 20_000
     """Environment steps between evaluations."""
-    temperature: Literal["published", "ours"] = "published"
-    """published: starts at 1, with HARL's learning rate and -1 nat per dimension as target entropy; ours: as in our
-    scripts."""
+    temperature: Literal["harl", "ours"] = "harl"
+    """harl: as HARL tuned it, which on some tasks is a fixed one; ours: as in our scripts."""
     seed: int = 1
     """Seed of networks, exploration, replay and episodes."""
 
@@ -97,6 +103,8 @@ class Copies:
         self.envs = [make_copy(args.script) for _ in range(num_envs)]
         self.seed, self.episodes = args.seed, np.zeros(num_envs, int)
         env = self.envs[0]
+        summed = args.temperature == "harl" and not args.scenario  # a robot has one reward for all
+        self.reward_scale = env.num_agents if summed else 1
         self.n_agents = env.num_agents
         self.observation_space = [Box(-np.inf, np.inf, (env.obs_size,)) for _ in range(self.n_agents)]
         self.share_observation_space = [Box(-np.inf, np.inf, (env.state_size,)) for _ in range(self.n_agents)]
@@ -125,7 +133,7 @@ class Copies:
                 info |= {"original_obs": seen["obs"], "original_state": np.tile(seen["state"], (self.n_agents, 1))}
                 seen = self.start(copy)
             observations.append(seen)
-            rewards.append(np.full((self.n_agents, 1), reward))
+            rewards.append(np.full((self.n_agents, 1), self.reward_scale * reward))
             dones.append(np.full(self.n_agents, terminated or truncated))
             infos.append([info] * self.n_agents)
         obs, state, available = self.batch(observations)
@@ -145,6 +153,8 @@ class Runner(OffPolicyHARunner):
         learning["seed"]["seed"] = args.seed
         learning["device"] |= {"cuda": False, "torch_threads": 1}
         learning["logger"]["log_dir"] = str(run_dir / "harl")
+        if args.temperature == "ours":
+            learning["algo"] |= {"auto_alpha": True, "alpha_lr": args.script.temperature_lr}
         off_policy_base_runner.make_train_env = lambda *_: Copies(args, training["n_rollout_threads"])
         off_policy_base_runner.make_eval_env = lambda *_: None
         super().__init__(settings["main_args"], learning, task)
@@ -159,11 +169,11 @@ class Runner(OffPolicyHARunner):
         start = math.log(script.init_temperature)
         for log_alpha in (*self.log_alpha, self.critic.log_alpha):
             log_alpha.data.fill_(start)
-        for optimizer in (*self.alpha_optimizer, self.critic.alpha_optimizer):
-            optimizer.param_groups[0]["lr"] = script.temperature_lr
         self.alpha = [log_alpha.detach().exp() for log_alpha in self.log_alpha]
         self.critic.alpha = self.critic.log_alpha.detach().exp()
-        self.target_entropy = [script.target_entropy * space.shape[0] for space in self.action_spaces]
+        (env, *_), target = self.envs.envs, script.target_entropy
+        padding = [env.action_size - size for size in env.action_sizes]  # uniform, for nothing depends on it
+        self.target_entropy = [target * size + math.log(2) * more for size, more in zip(env.action_sizes, padding)]
 
     @torch.no_grad()
     def sample(self, obs: Tensor, deterministic: bool = False) -> Tensor:

@@ -36,7 +36,8 @@ def test_its_copies_play_what_our_script_plays(hasac):
         actions = generator.uniform(-1, 1, (2, 2, env.action_size))
         expected, reward, *_ = env.step(actions)
         obs, state, rewards, dones, infos, _ = copies.step(actions)
-        assert np.array_equal(rewards, np.broadcast_to(reward[:, None, None], (2, 2, 1)))
+        total = 2 * reward  # of both agents, as HARL has it
+        assert np.array_equal(rewards, np.broadcast_to(total[:, None, None], (2, 2, 1)))
         assert (dones == (step == 25)).all()
         assert all(info[0]["bad_transition"] == (step == 25) for info in infos)  # HARL's word for a time limit
         if step < 25:
@@ -50,6 +51,7 @@ def test_its_copies_play_what_our_script_plays(hasac):
 def test_a_robot_that_falls_is_no_time_limit(hasac):
     """A Hopper falls at another step in every copy; that one alone starts anew."""
     copies = hasac.Copies(hasac.Args(scenario="Hopper", agent_conf="3x1"), 2)
+    assert copies.reward_scale == hasac.Copies(hasac.Args(temperature="ours"), 1).reward_scale == 1
     assert isinstance(copies.envs[0], ddpl_mamujoco.StackedAgents)
     obs, state, _ = copies.reset()
     assert state.shape == (2, 3, copies.envs[0].state_size)
