@@ -1,6 +1,6 @@
 """A control: both policies play the best of 4 samples, chosen by a local critic, which the Gaussian then has as well.
 
-    python benchmark/best_of_k.py --env-id simple_spread_v3 --policy gaussian             # ddpl_mpe.py
+    python benchmark/best_of_k.py --env-id simple_spread_v3 --policy gaussian                 # ddpl_mpe.py
     python benchmark/best_of_k.py --scenario HalfCheetah --agent-conf 2x3 --policy gaussian   # ddpl_mamujoco.py
 
 All flags are those of the script. Averaged weights both policies have by default, so that the Gaussian now differs from

@@ -1,6 +1,7 @@
 """benchmark/best_of_k.py: the Gaussian with a local critic, and both policies playing the best of four samples."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_a_run_under_control(control, policy, tmp_path, monkeypatch):
         assert [row["mode"] for row in csv.DictReader(file)] == ["stochastic", "deterministic"]
     team, _ = script.load_team(Path(result["run_dir"]) / "team.safetensors")
     assert not any("local" in name for name in team.state_dict())
+
+
+@pytest.mark.parametrize("words, script", [(["--num-agents", "6"], ddpl_mpe), (["--scenario", "Ant"], ddpl_mamujoco)])
+def test_the_flags_name_the_script(monkeypatch, words, script):
+    monkeypatch.setattr(sys, "argv", ["best_of_k.py", *words])
+    monkeypatch.setattr(best_of_k, "controlled", lambda module: {"main": lambda *given: ran.append((module, *given))})
+    monkeypatch.setattr(script, "main", script.main)  # and back in the end
+    ran = []
+    best_of_k.main(*best_of_k.read_command_line())
+    ((module, args, given),) = ran
+    assert module is script and isinstance(args, script.Args) and given
 
 
 @pytest.mark.parametrize("script, stack", [(ddpl_mpe, 1), (ddpl_mamujoco, 3)])

@@ -3,10 +3,11 @@
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import ddpl_mamujoco
 import ddpl_mpe
@@ -65,6 +66,19 @@ def test_a_robot_that_falls_is_no_time_limit(hasac):
             assert not np.array_equal(infos[copy][0]["original_obs"], obs[copy])
         assert (dones.all(1) == dones.any(1)).all()
     assert (copies.episodes >= 2).all()
+
+
+def test_temperatures_start_and_aim_as_ours(hasac):
+    """The listener's third dimension is padding, whose entropy is free, so that it is log 2 in the end."""
+    copies = hasac.Copies(hasac.Args(env_id="simple_speaker_listener_v4"), 1)
+    log_alpha = [torch.zeros(1, requires_grad=True) for _ in range(3)]
+    runner = SimpleNamespace(log_alpha=log_alpha[:2], critic=SimpleNamespace(log_alpha=log_alpha[2]), envs=copies)
+    script = ddpl_mpe.Args(init_temperature=0.05, target_entropy=-0.5)
+    hasac.Runner.start_temperatures_like(runner, script)
+    assert [float(value) for value in (*runner.alpha, runner.critic.alpha)] == pytest.approx([0.05] * 3)
+    assert [value.exp().item() for value in log_alpha] == pytest.approx([0.05] * 3)
+    assert copies.envs[0].action_sizes == [3, 2]
+    assert runner.target_entropy == pytest.approx([-1.5, -1 + np.log(2)])
 
 
 def test_it_looks_for_the_settings_of_its_task(hasac, monkeypatch, tmp_path):
