@@ -27,6 +27,7 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mamujoco": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "control": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "smax_often": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab_longer": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "qvpo": {"qvpo": "tab:blue", "sac": "tab:orange"},
@@ -41,7 +42,9 @@ PEERS = {  # benchmark: other people's arms, the benchmark where they are kept u
 }
 
 # What a benchmark is judged by, if not by the return
-SCORES = {"smax": "win_rate"} | dict.fromkeys(("isaaclab", "isaaclab_longer", "isaaclab_mappo"), "success_rate")
+SCORES = dict.fromkeys(("smax", "smax_often", "smax_ablations"), "win_rate") | dict.fromkeys(
+    ("isaaclab", "isaaclab_longer", "isaaclab_mappo"), "success_rate"
+)
 
 
 def place(args: dict) -> tuple[str, str, str]:
@@ -135,7 +138,7 @@ def plot(task: Path) -> None:
         axes.plot(steps / 1000, scores.T, color=color, linewidth=0.5, alpha=0.4)
         axes.plot(steps / 1000, scores.mean(0), color=color, label=f"{arm} ({len(scores)} seeds)")
         axes.fill_between(steps / 1000, *interval(bootstrap(scores)), color=color, alpha=0.2, linewidth=0)
-    if task.parent.name == "smax":
+    if task.parent.name.startswith("smax"):
         for rates in ippo_curves(task.name):
             upto = rates[:, 0] <= steps[-1]
             axes.plot(*(rates[upto] / (1000, 1)).T, color="gray", linewidth=0.7, label="IPPO, discrete, one seed")
@@ -187,6 +190,24 @@ def table_rows(task: Path) -> list[str]:
     difference = bootstrap(ours) - np.random.default_rng(1).permutation(bootstrap(theirs))
     low, high = interval(difference)
     rows.insert(len(arms), f"| | difference | {ours.mean() - theirs.mean():+.2f} [{low:+.2f}, {high:+.2f}] | | | | |")
+    return rows
+
+
+def ablation_rows(task: Path, defaults: Path) -> list[str]:
+    """The rows of a page: deterministic scores of every arm at its end, and less those of the defaults at that step.
+
+    An arm is named <policy>-<what is changed>; the defaults are the same policy's first seeds, as many as it has.
+    """
+    rows = []
+    for arm in sorted({path.stem.rpartition("_")[0] for path in task.glob("*.csv")}):
+        steps, scores, *_ = load(task, arm, "deterministic")
+        default_steps, default_scores, *_ = load(defaults, arm.partition("-")[0], "deterministic")
+        changed = scores[:, -1]
+        default = default_scores[: len(changed), default_steps.tolist().index(steps[-1])]
+        low, high = interval(bootstrap(changed) - np.random.default_rng(1).permutation(bootstrap(default)))
+        each = [" ".join(f"{score:.2f}" for score in values) for values in (changed, default)]
+        difference = f"{changed.mean() - default.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+        rows.append(f"| {task.name} | {arm} | {steps[-1]:,} | {each[0]} | {each[1]} | {difference} |")
     return rows
 
 
@@ -276,6 +297,9 @@ def report() -> None:
             plot(task)
             print("\n".join(table_rows(task)))
         print()
+    print("| task | arm | steps | each seed | the defaults, each seed | difference |\n|---|---|---|---|---|---|")
+    for task in sorted(path for path in (RESULTS / "smax_ablations").glob("*") if path.is_dir()):
+        print("\n".join(ablation_rows(task, RESULTS / "smax" / task.name)))
 
 
 if __name__ == "__main__":
