@@ -6,14 +6,15 @@
     PYTHONPATH=HARL python benchmark/hasac.py --scenario HalfCheetah --agent-conf 2x3 --total-timesteps 200000
 
 Networks, learning, replay and loop are HARL's own, with the settings that it tuned for the task over 10 million steps.
-Adapted, so that this is not HASAC as published:
-- The environments are those of our scripts, all 20 copies in this process. On MuJoCo HARL's agents see the whole state,
-  standardised, and their number; here they see what ours see, raw, and the critic the raw state. On mpe2 an action is a
-  force in two dimensions and a message scaled to its bounds, where HARL has five movements, and clips at 0.
+On MuJoCo its agents see what they see in HARL, more than ours: the whole state, standardised, and their number.
+Adapted:
+- The environments are those of our scripts (their robots are newer, v5), all 20 copies in this process. On mpe2 an
+  action is a force in two dimensions and a message scaled to its bounds, where HARL has five movements, and clips at 0.
 - Evaluations are on our scripts' episodes, of the current policy (ours play averaged weights). One thread, on a CPU.
 - The warm-up's steps count.
 On mpe2 it learns from the sum of the agents' rewards, as in HARL; the evaluations show the mean.
 
+--observations ours: on MuJoCo its agents see what ours see, raw, and the critic the raw state.
 --temperature ours: temperatures start, move at each update and aim as our Gaussians' do, and rewards are the mean, as
 ours. HARL updates every 20 steps, our scripts every 8, and its critic keeps the entropy bonus that ours has not.
 
@@ -29,6 +30,7 @@ from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import harl
 import numpy as np
@@ -63,6 +65,8 @@ class Args:
     """Environment steps in all, summed over the copies."""
     eval_interval: int = 20_000
     """Environment steps between evaluations."""
+    observations: Literal["harl", "ours"] = "harl"
+    """What the agents of a robot see; harl: the whole state, standardised; ours: as in our script."""
     temperature: Literal["harl", "ours"] = "harl"
     """harl: as HARL tuned it, which on some tasks is a fixed one; ours: as in our scripts."""
     seed: int = 1
@@ -95,11 +99,33 @@ class MPECopy(mpe.VectorMPE):
         return {"obs": obs, "state": obs.ravel()}, reward, terminated, truncated, {}
 
 
+class SeeingAll(mamujoco.StackedAgents):
+    """A robot as HARL's agents see it: each the whole state and its own number as a one-hot vector."""
+
+    def __init__(self, args: mamujoco.Args, render_mode: str | None = None):
+        super().__init__(args, render_mode)
+        self.obs_size = self.state_size + self.num_agents
+
+    def _stack(self, observations: dict) -> dict:
+        state = self.env.state()
+        seen = np.concatenate([np.tile(state, (self.num_agents, 1)), np.eye(self.num_agents)], axis=1)
+        return {"obs": standardised(seen), "state": standardised(state)}
+
+
+def standardised(x: np.ndarray) -> np.ndarray:
+    """x [..., O] with mean 0 and deviation 1 over its own numbers, as HARL has it, not over time."""
+    return ((x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)).astype(np.float32)
+
+
+def robot_class(args: Args) -> type[mamujoco.StackedAgents]:
+    return SeeingAll if args.observations == "harl" else mamujoco.StackedAgents
+
+
 class Copies:
     """E copies of a task as HARL steps them: one that ends starts again in the same step."""
 
     def __init__(self, args: Args, num_envs: int):
-        make_copy = mamujoco.StackedAgents if args.scenario else MPECopy
+        make_copy = robot_class(args) if args.scenario else MPECopy
         self.envs = [make_copy(args.script) for _ in range(num_envs)]
         self.seed, self.episodes = args.seed, np.zeros(num_envs, int)
         env = self.envs[0]
@@ -188,7 +214,8 @@ class Runner(OffPolicyHARunner):
         """Add the rows of an evaluation to evaluations.csv; returns those of the deterministic policy."""
         script = mamujoco if self.ours.scenario else mpe
         for mode in ("stochastic", "deterministic"):
-            returns = script.evaluate(self, self.ours.script, episodes, mode == "deterministic", step)
+            with patch.object(mamujoco, "StackedAgents", robot_class(self.ours)):  # what it makes
+                returns = script.evaluate(self, self.ours.script, episodes, mode == "deterministic", step)
             row = step, round(time.monotonic() - self.started, 1), mode, returns.mean(), returns.std(), episodes
             self.rows.append(dict(zip(script.EVALUATION_COLUMNS, row)))
         script.write_evaluations(self.run_dir, self.rows)

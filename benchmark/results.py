@@ -34,7 +34,12 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "bang_bang": {"bernoulli": "tab:blue", "categorical": "tab:green", "gaussian": "tab:orange"},
 }
 
-HASAC = {"hasac": ("hasac", "tab:green"), "hasac-our-temperature": ("hasac", "tab:red")}
+HASAC = {
+    "hasac": ("hasac", "tab:green"),
+    "hasac-our-temperature": ("hasac", "tab:red"),
+    "hasac-our-observations": ("hasac", "tab:purple"),
+    "hasac-ours": ("hasac", "tab:brown"),  # both
+}
 PEERS = {  # benchmark: other people's arms, the benchmark where they are kept under the same tasks, their colours
     "mpe_long": HASAC,
     "mamujoco": HASAC,

@@ -51,9 +51,9 @@ def test_its_copies_play_what_our_script_plays(hasac):
 
 def test_a_robot_that_falls_is_no_time_limit(hasac):
     """A Hopper falls at another step in every copy; that one alone starts anew."""
-    copies = hasac.Copies(hasac.Args(scenario="Hopper", agent_conf="3x1"), 2)
+    copies = hasac.Copies(hasac.Args(scenario="Hopper", agent_conf="3x1", observations="ours"), 2)
     assert copies.reward_scale == hasac.Copies(hasac.Args(temperature="ours"), 1).reward_scale == 1
-    assert isinstance(copies.envs[0], ddpl_mamujoco.StackedAgents)
+    assert type(copies.envs[0]) is ddpl_mamujoco.StackedAgents
     obs, state, _ = copies.reset()
     assert state.shape == (2, 3, copies.envs[0].state_size)
     generator = np.random.default_rng(0)
@@ -66,6 +66,35 @@ def test_a_robot_that_falls_is_no_time_limit(hasac):
             assert not np.array_equal(infos[copy][0]["original_obs"], obs[copy])
         assert (dones.all(1) == dones.any(1)).all()
     assert (copies.episodes >= 2).all()
+
+
+def test_a_robots_agents_see_what_they_see_in_harl(hasac, monkeypatch):
+    """The whole state and their number, each vector standardised over its own numbers; also in our evaluations."""
+    args = hasac.Args(scenario="HalfCheetah", agent_conf="2x3", seed=4)
+    copies = hasac.Copies(args, 1)
+    ours = ddpl_mamujoco.StackedAgents(args.script)
+    (obs,), (state,), _ = copies.reset()
+    raw = ours.reset(seed=int(ddpl_mpe.episode_seeds(0, 4, 0, 1)[0]))[0]["state"]
+    assert raw.shape == (17,) and copies.observation_space[0].shape == (19,)
+    for _ in range(3):
+        for agent, one_hot in enumerate(np.eye(2)):
+            seen = np.append(raw, one_hot)
+            np.testing.assert_allclose(obs[agent], (seen - seen.mean()) / seen.std(), atol=1e-5)
+            np.testing.assert_allclose(state[agent], (raw - raw.mean()) / raw.std(), atol=1e-5)
+        actions = np.random.default_rng(0).uniform(-1, 1, (2, 3))
+        raw = ours.step(actions)[0]["state"]
+        (obs,), (state,), *_ = copies.step(actions[None])
+
+    seen = []
+
+    def sample(obs, deterministic):
+        seen.append(obs.shape)
+        return torch.zeros(*obs.shape[:2], 3)
+
+    policy = SimpleNamespace(ours=args, rows=[], started=0, run_dir=None, mask=torch.zeros(0), sample=sample)
+    monkeypatch.setattr(ddpl_mamujoco, "write_evaluations", lambda *_: None)
+    hasac.Runner.evaluate(policy, 0, 2)
+    assert set(seen) == {(2, 2, 19)} and ddpl_mamujoco.StackedAgents is not hasac.SeeingAll
 
 
 def test_temperatures_start_and_aim_as_ours(hasac):
