@@ -1,0 +1,169 @@
+"""What teams do on simple_spread_v3, beside scripts with the same eyes, and whether their critics see what actions do.
+
+    python benchmark/ddpl_mpe_diagnosis.py                          # the scripts, with three and with six agents
+    python benchmark/ddpl_mpe_diagnosis.py RUN_DIR [RUN_DIR ...]    # and the teams and critics of runs
+
+Prints two tables. Teams play deterministically. A critic is asked what each of eight forces on an agent is worth, five
+steps into an episode; the answer is compared with what the force brings when it is tried: the discounted return of
+the next 19 steps, a mean over rollouts of the sampled team, with the same random numbers for all eight.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import ddpl_mpe as mpe  # noqa: E402
+
+TASK = "simple_spread_v3"
+EPISODES, STATES, ROLLOUTS = 200, 100, 8
+STEPS_BEFORE, STEPS_TRIED = 5, 19  # together below an episode's 25: from its end there is no way back
+TOUCH = 0.3  # agents closer than this collide
+
+Actor = Callable[[np.ndarray], np.ndarray]  # observations [E, N, O] to actions [E, N, D]
+
+
+def still(obs: np.ndarray) -> np.ndarray:
+    return np.zeros((*obs.shape[:2], 2))
+
+
+def nearest(obs: np.ndarray) -> np.ndarray:
+    """Everyone goes to the landmark nearest to it."""
+    landmarks, _ = places(obs)
+    return go_to(obs, np.linalg.norm(landmarks, axis=-1).argmin(-1))
+
+
+def assigned(obs: np.ndarray) -> np.ndarray:
+    """Everyone works out the assignment with the shortest ways, from where it sees all others, and takes its part."""
+    landmarks, others = places(obs)
+    agents = np.concatenate([np.zeros_like(others[..., :1, :]), others], axis=-2)
+    ways = np.linalg.norm(agents[..., :, None, :] - landmarks[..., None, :, :], axis=-1)
+    chosen = [linear_sum_assignment(costs)[1][0] for costs in ways.reshape(-1, *ways.shape[2:])]
+    return go_to(obs, np.reshape(chosen, obs.shape[:2]))
+
+
+def places(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Landmarks [E, N, N, 2] and other agents [E, N, N - 1, 2], from where each agent stands."""
+    num_envs, num_agents, _ = obs.shape
+    landmarks, others, _ = np.split(obs[..., 4:], [2 * num_agents, 4 * num_agents - 2], axis=-1)
+    return landmarks.reshape(num_envs, num_agents, -1, 2), others.reshape(num_envs, num_agents, -1, 2)
+
+
+def go_to(obs: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Forces [E, N, 2] towards each agent's target among the landmarks, braked by its velocity."""
+    way = np.take_along_axis(places(obs)[0], target[..., None, None], axis=2)[:, :, 0]
+    return np.clip(5 * way - 2 * obs[..., :2], -1, 1)
+
+
+def playing(policy: torch.nn.Module, deterministic: bool = True) -> Actor:
+    @torch.no_grad()
+    def act(obs: np.ndarray) -> np.ndarray:
+        return policy.sample(torch.from_numpy(obs).transpose(0, 1), deterministic).transpose(0, 1).numpy()
+
+    return act
+
+
+def positions(env: mpe.VectorMPE) -> tuple[np.ndarray, np.ndarray]:
+    """Of agents and landmarks, each [E, N, 2]."""
+    worlds = [copy.unwrapped.world for copy in env.envs]
+    groups = [world.agents for world in worlds], [world.landmarks for world in worlds]
+    return tuple(np.array([[one.state.p_pos for one in of_copy] for of_copy in group]) for group in groups)
+
+
+def team_row(name: str, num_agents: int, act: Actor) -> str:
+    """Return, mean distance from a landmark to the nearest agent at the start and at the end, and collisions."""
+    env = mpe.VectorMPE(TASK, num_agents, EPISODES)
+    obs = env.reset(mpe.episode_seeds(1, 0, 0, EPISODES))
+    returns, gaps, collisions = np.zeros(EPISODES), [], 0
+    for step in range(env.episode_length + 1):
+        agents, landmarks = positions(env)
+        gaps.append(np.linalg.norm(agents[:, :, None] - landmarks[:, None], axis=-1).min(1).mean())
+        between = np.linalg.norm(agents[:, :, None] - agents[:, None], axis=-1)
+        if step:
+            collisions += ((between < TOUCH).sum((1, 2)) - num_agents).mean() / 2
+        if step < env.episode_length:
+            obs, reward, *_ = env.step(act(obs))
+            returns += reward
+    return f"| {name} | {returns.mean():.1f} | {gaps[0]:.2f} | {gaps[-1]:.2f} | {collisions:.0f} |"
+
+
+def critic_row(name: str, run_dir: Path) -> str:
+    """How the critics' values of eight forces on the first agent go with what they bring."""
+    args, checkpoint = mpe.load_checkpoint("RUN_DIR", run_dir, mpe.Args(), (), ())
+    env = mpe.VectorMPE(TASK, args.num_agents, STATES)
+    learner = mpe.Learner(args, env.obs_size, env.state_size, env.action_mask(), env.alike)
+    learner.load_state_dict(checkpoint["learner"])
+    act = playing(learner.policy, deterministic=False)
+    torch.manual_seed(0)
+    obs = env.reset(mpe.episode_seeds(1, 0, 0, STATES))
+    for _ in range(STEPS_BEFORE):
+        obs, *_ = env.step(act(obs))
+    values, outcomes = compare(env, obs, act, learner.critic, args.gamma)
+    said, brought = values - values.mean(0), outcomes - outcomes.mean(0)
+    correlation = np.corrcoef(said.ravel(), brought.ravel())[0, 1]
+    return f"| {name} | {correlation:.2f} | {said.std():.3f} | {brought.std():.3f} |"
+
+
+@torch.no_grad()
+def compare(
+    env: mpe.VectorMPE, obs: np.ndarray, act: Actor, critic: torch.nn.Module, gamma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the critics say, and what it brings, if the first agent is pushed in each of eight directions [8, E]."""
+    start = snapshot(env)
+    state = torch.from_numpy(obs).flatten(1)
+    values, outcomes = np.zeros((2, 8, len(obs)))
+    for direction in range(8):
+        angle = direction * np.pi / 4
+        for rollout in range(ROLLOUTS):
+            torch.manual_seed(rollout)
+            restore(env, start)
+            actions = act(obs)
+            actions[:, 0, :2] = np.cos(angle), np.sin(angle)
+            values[direction] += critic(state, torch.from_numpy(actions).transpose(0, 1)).mean(0).numpy() / ROLLOUTS
+            for step in range(STEPS_TRIED):
+                seen, reward, *_ = env.step(actions)
+                outcomes[direction] += gamma**step * reward / ROLLOUTS
+                actions = act(seen)
+    return values, outcomes
+
+
+def snapshot(env: mpe.VectorMPE) -> list:
+    """Places and velocities of the agents of every copy, and its step."""
+    states = [[agent.state for agent in copy.unwrapped.world.agents] for copy in env.envs]
+    moves = [[(state.p_pos.copy(), state.p_vel.copy()) for state in agents] for agents in states]
+    return [(of_copy, copy.unwrapped.steps) for of_copy, copy in zip(moves, env.envs)]
+
+
+def restore(env: mpe.VectorMPE, start: list) -> None:
+    for copy, (moves, steps) in zip(env.envs, start):
+        for agent, (place, velocity) in zip(copy.unwrapped.world.agents, moves):
+            agent.state.p_pos, agent.state.p_vel = place.copy(), velocity.copy()
+        copy.unwrapped.steps = steps
+
+
+def main(folders: list[str]) -> None:
+    try:
+        runs = [(Path(folder), *mpe.load_team(Path(folder) / "team.safetensors")) for folder in folders]
+    except mpe.RunError as error:
+        raise SystemExit(f"ddpl_mpe_diagnosis.py: error: {error}") from None
+    for folder, _, args in runs:
+        if args.env_id != TASK:
+            raise SystemExit(f"ddpl_mpe_diagnosis.py: error: {folder} is a run of {args.env_id}; choose one of {TASK}")
+    names = {folder: f"{args.num_agents or 3} agents, {args.policy}, seed {args.seed}" for folder, _, args in runs}
+    print("| team | return | from a landmark to the nearest agent, start | end | collisions |\n|---|---|---|---|---|")
+    for num_agents in (3, 6):
+        for script in (still, nearest, assigned):
+            print(team_row(f"{num_agents} agents, {script.__name__}", num_agents, script))
+    for folder, policy, args in runs:
+        print(team_row(names[folder], args.num_agents or 3, playing(policy)))
+    print("\n| critics of | correlation | deviation over forces: said | brought |\n|---|---|---|---|")
+    for folder, _, _ in runs:
+        print(critic_row(names[folder], folder), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

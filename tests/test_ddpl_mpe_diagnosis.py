@@ -1,0 +1,78 @@
+"""benchmark/ddpl_mpe_diagnosis.py: scripted teams, and what critics say beside what happens."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ddpl_mpe as mpe
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
+import ddpl_mpe_diagnosis as diagnosis
+
+
+def test_scripts_see_where_everything_is():
+    env = mpe.VectorMPE(diagnosis.TASK, 4, 2)
+    obs = env.reset(np.arange(2))
+    agents, landmarks = diagnosis.positions(env)
+    seen_landmarks, seen_others = diagnosis.places(obs)
+    np.testing.assert_allclose(seen_landmarks, landmarks[:, None] - agents[:, :, None], atol=1e-6)
+    others = [np.delete(agents, i, axis=1) - agents[:, i : i + 1] for i in range(4)]
+    np.testing.assert_allclose(seen_others, np.stack(others, axis=1), atol=1e-6)
+
+
+def test_the_better_the_script_the_higher_the_return(monkeypatch):
+    monkeypatch.setattr(diagnosis, "EPISODES", 10)
+    scripts = diagnosis.still, diagnosis.nearest, diagnosis.assigned
+    rows = [diagnosis.team_row(script.__name__, 3, script).strip("| ").split(" | ") for script in scripts]
+    returns, before, after = (np.array([float(row[column]) for row in rows]) for column in (1, 2, 3))
+    assert (np.diff(returns) > 3).all() and (np.diff(after) < 0).all() and after[2] < 0.05
+    assert len(set(before)) == 1
+
+
+def test_collisions_are_counted_once_a_pair_and_step(monkeypatch):
+    monkeypatch.setattr(diagnosis, "EPISODES", 1)
+    together = np.zeros((1, 3, 2)), np.ones((1, 3, 2))
+    monkeypatch.setattr(diagnosis, "positions", lambda env: together)
+    assert diagnosis.team_row("", 3, diagnosis.still).split("|")[-2].strip() == str(25 * 3)
+
+
+def test_a_force_brings_what_the_environment_says():
+    """One agent alone: the better, the closer the force is to the way to its landmark; and time can be turned back."""
+    env = mpe.VectorMPE(diagnosis.TASK, 1, 30)
+    obs = env.reset(np.arange(30))
+    start = diagnosis.snapshot(env)
+    first = [env.step(np.ones((30, 1, 2)))[1] for _ in range(3)]
+    diagnosis.restore(env, start)
+    assert np.array_equal(first, [env.step(np.ones((30, 1, 2)))[1] for _ in range(3)])
+    diagnosis.restore(env, start)
+
+    def towards(state, actions):  # critics [2, B] that know
+        x, y = state[:, 4:6].T
+        return ((actions[0, :, 0] * x + actions[0, :, 1] * y) / torch.hypot(x, y)).expand(2, -1)
+
+    said, brought = diagnosis.compare(env, obs, diagnosis.still, towards, 0.95)
+    diagnosis.restore(env, start)
+    forces = [np.tile([1.0, 0.0], (30, 1, 1)), *[np.zeros((30, 1, 2))] * 18]
+    np.testing.assert_allclose(brought[0], sum(0.95**k * env.step(force)[1] for k, force in enumerate(forces)))
+    said, brought = said - said.mean(0), brought - brought.mean(0)
+    far = np.linalg.norm(obs[:, 0, 4:6], axis=-1) > 0.5
+    assert far.sum() > 10 and np.corrcoef(said[:, far].ravel(), brought[:, far].ravel())[0, 1] > 0.95
+
+
+def test_a_run_has_its_rows(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("EPISODES", "STATES", "ROLLOUTS"):
+        monkeypatch.setattr(diagnosis, name, 2)
+    few = {"total_timesteps": 80, "learning_starts": 40, "eval_episodes": 2, "final_eval_episodes": 2}
+    run_dir = mpe.train(mpe.Args(policy="gaussian", compile=False, **few))["run_dir"]
+    diagnosis.main([run_dir])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| 3 agents, gaussian, seed 1 |") for line in lines) == 2
+    with pytest.raises(SystemExit, match="there is no file"):
+        diagnosis.main([str(tmp_path)])
+    monkeypatch.setattr(mpe, "load_team", lambda path: (None, mpe.Args(env_id="simple_reference_v3")))
+    with pytest.raises(SystemExit, match="is a run of simple_reference_v3; choose one of simple_spread_v3"):
+        diagnosis.main([run_dir])
