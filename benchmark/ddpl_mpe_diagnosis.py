@@ -3,9 +3,11 @@
     python benchmark/ddpl_mpe_diagnosis.py                          # the scripts, with three and with six agents
     python benchmark/ddpl_mpe_diagnosis.py RUN_DIR [RUN_DIR ...]    # and the teams and critics of runs
 
-Prints two tables. Teams play deterministically. A critic is asked what each of eight forces on an agent is worth, five
-steps into an episode; the answer is compared with what the force brings when it is tried: the discounted return of
-the next 19 steps, a mean over rollouts of the sampled team, with the same random numbers for all eight.
+Prints two tables. Teams play deterministically, with averaged weights. Critics are asked what each of eight forces on
+the first agent is worth, five steps into an episode; the answer is compared with what the force brings when it is
+tried: the discounted return of the next 19 steps, a mean over eight rollouts of the sampled policies that the critics
+belong to, with the same random numbers for all forces. That is noisy itself: the second correlation is that of four
+rollouts with the four others.
 """
 
 import sys
@@ -91,31 +93,31 @@ def team_row(name: str, num_agents: int, act: Actor) -> str:
     return f"| {name} | {returns.mean():.1f} | {gaps[0]:.2f} | {gaps[-1]:.2f} | {collisions:.0f} |"
 
 
-def critic_row(name: str, run_dir: Path) -> str:
+def critic_row(name: str, learner: mpe.Learner) -> str:
     """How the critics' values of eight forces on the first agent go with what they bring."""
-    args, checkpoint = mpe.load_checkpoint("RUN_DIR", run_dir, mpe.Args(), (), ())
-    env = mpe.VectorMPE(TASK, args.num_agents, STATES)
-    learner = mpe.Learner(args, env.obs_size, env.state_size, env.action_mask(), env.alike)
-    learner.load_state_dict(checkpoint["learner"])
+    env = mpe.VectorMPE(TASK, len(learner.mask), STATES)
     act = playing(learner.policy, deterministic=False)
     torch.manual_seed(0)
     obs = env.reset(mpe.episode_seeds(1, 0, 0, STATES))
     for _ in range(STEPS_BEFORE):
         obs, *_ = env.step(act(obs))
-    values, outcomes = compare(env, obs, act, learner.critic, args.gamma)
-    said, brought = values - values.mean(0), outcomes - outcomes.mean(0)
-    correlation = np.corrcoef(said.ravel(), brought.ravel())[0, 1]
-    return f"| {name} | {correlation:.2f} | {said.std():.3f} | {brought.std():.3f} |"
+    values, outcomes = compare(env, obs, act, learner.critic, learner.args.gamma)
+    said, brought = values - values.mean(0), outcomes - outcomes.mean(0)  # [8, E], [8, ROLLOUTS, E]
+    both, first, second = brought.mean(1), brought[:, ::2].mean(1), brought[:, 1::2].mean(1)
+    cells = [f"{np.corrcoef(x.ravel(), y.ravel())[0, 1]:.2f}" for x, y in ((said, both), (first, second))]
+    return f"| {name} | {cells[0]} | {cells[1]} | {said.std():.3f} | {both.std():.3f} |"
 
 
 @torch.no_grad()
 def compare(
     env: mpe.VectorMPE, obs: np.ndarray, act: Actor, critic: torch.nn.Module, gamma: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the critics say, and what it brings, if the first agent is pushed in each of eight directions [8, E]."""
+    """What the critics say [8, E] if the first agent is pushed in each of eight directions, and what each of the
+    rollouts brings [8, ROLLOUTS, E].
+    """
     start = snapshot(env)
     state = torch.from_numpy(obs).flatten(1)
-    values, outcomes = np.zeros((2, 8, len(obs)))
+    values, outcomes = np.zeros((8, len(obs))), np.zeros((8, ROLLOUTS, len(obs)))
     for direction in range(8):
         angle = direction * np.pi / 4
         for rollout in range(ROLLOUTS):
@@ -126,7 +128,7 @@ def compare(
             values[direction] += critic(state, torch.from_numpy(actions).transpose(0, 1)).mean(0).numpy() / ROLLOUTS
             for step in range(STEPS_TRIED):
                 seen, reward, *_ = env.step(actions)
-                outcomes[direction] += gamma**step * reward / ROLLOUTS
+                outcomes[direction, rollout] += gamma**step * reward
                 actions = act(seen)
     return values, outcomes
 
@@ -145,24 +147,32 @@ def restore(env: mpe.VectorMPE, start: list) -> None:
         copy.unwrapped.steps = steps
 
 
+def load(folder: str) -> mpe.Learner:
+    """What a run on simple_spread_v3 has learned. Raises RunError, naming the choices, if it is not one."""
+    run_dir = mpe.existing_run("RUN_DIR", folder)
+    args, checkpoint = mpe.load_checkpoint("RUN_DIR", run_dir, mpe.Args(env_id=TASK), ("env_id",), ())
+    env = mpe.VectorMPE(TASK, args.num_agents, 1)
+    learner = mpe.Learner(args, env.obs_size, env.state_size, env.action_mask(), env.alike)
+    learner.load_state_dict(checkpoint["learner"])
+    return learner
+
+
 def main(folders: list[str]) -> None:
     try:
-        runs = [(Path(folder), *mpe.load_team(Path(folder) / "team.safetensors")) for folder in folders]
+        learners = [load(folder) for folder in folders]
     except mpe.RunError as error:
         raise SystemExit(f"ddpl_mpe_diagnosis.py: error: {error}") from None
-    for folder, _, args in runs:
-        if args.env_id != TASK:
-            raise SystemExit(f"ddpl_mpe_diagnosis.py: error: {folder} is a run of {args.env_id}; choose one of {TASK}")
-    names = {folder: f"{args.num_agents or 3} agents, {args.policy}, seed {args.seed}" for folder, _, args in runs}
+    teams = [(len(learner.mask), f"{learner.args.policy}, seed {learner.args.seed}", learner) for learner in learners]
     print("| team | return | from a landmark to the nearest agent, start | end | collisions |\n|---|---|---|---|---|")
-    for num_agents in (3, 6):
+    for num_agents in sorted({3, 6, *(number for number, _, _ in teams)}):
         for script in (still, nearest, assigned):
             print(team_row(f"{num_agents} agents, {script.__name__}", num_agents, script))
-    for folder, policy, args in runs:
-        print(team_row(names[folder], args.num_agents or 3, playing(policy)))
-    print("\n| critics of | correlation | deviation over forces: said | brought |\n|---|---|---|---|")
-    for folder, _, _ in runs:
-        print(critic_row(names[folder], folder), flush=True)
+    for num_agents, name, learner in teams:
+        print(team_row(f"{num_agents} agents, {name}", num_agents, playing(learner.average_policy)))
+    columns = "critics of", "correlation", "of the rollouts' halves", "deviation over forces: said", "brought"
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for num_agents, name, learner in teams:
+        print(critic_row(f"{num_agents} agents, {name}", learner), flush=True)
 
 
 if __name__ == "__main__":

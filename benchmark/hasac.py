@@ -6,7 +6,8 @@
     PYTHONPATH=HARL python benchmark/hasac.py --scenario HalfCheetah --agent-conf 2x3 --total-timesteps 200000
 
 Networks, learning, replay and loop are HARL's own, with the settings that it tuned for the task over 10 million steps.
-On MuJoCo its agents see what they see in HARL, more than ours: the whole state, standardised, and their number.
+On MuJoCo its agents see what they see in HARL, more than ours: the whole state, standardised, and their number (Ant's
+state is the newer robot's).
 Adapted:
 - The environments are those of our scripts (their robots are newer, v5), all 20 copies in this process. On mpe2 an
   action is a force in two dimensions and a message scaled to its bounds, where HARL has five movements, and clips at 0.
@@ -14,7 +15,7 @@ Adapted:
 - The warm-up's steps count.
 On mpe2 it learns from the sum of the agents' rewards, as in HARL; the evaluations show the mean.
 
---observations ours: on MuJoCo its agents see what ours see, raw, and the critic the raw state.
+--observations ours: on MuJoCo its agents see what ours see, raw, and the critic the raw state (on mpe2 they always do).
 --temperature ours: temperatures start, move at each update and aim as our Gaussians' do, and rewards are the mean, as
 ours. HARL updates every 20 steps, our scripts every 8, and its critic keeps the entropy bonus that ours has not.
 
@@ -104,7 +105,7 @@ class SeeingAll(mamujoco.StackedAgents):
 
     def __init__(self, args: mamujoco.Args, render_mode: str | None = None):
         super().__init__(args, render_mode)
-        self.obs_size = self.state_size + self.num_agents
+        self.obs_size = self.state_size + self.num_agents  # its spaces, which nobody reads here, stay what they were
 
     def _stack(self, observations: dict) -> dict:
         state = self.env.state()
@@ -214,7 +215,9 @@ class Runner(OffPolicyHARunner):
         """Add the rows of an evaluation to evaluations.csv; returns those of the deterministic policy."""
         script = mamujoco if self.ours.scenario else mpe
         for mode in ("stochastic", "deterministic"):
-            with patch.object(mamujoco, "StackedAgents", robot_class(self.ours)):  # what it makes
+            with patch.object(
+                mamujoco, "StackedAgents", robot_class(self.ours)
+            ):  # the name by which evaluate makes its copies
                 returns = script.evaluate(self, self.ours.script, episodes, mode == "deterministic", step)
             row = step, round(time.monotonic() - self.started, 1), mode, returns.mean(), returns.std(), episodes
             self.rows.append(dict(zip(script.EVALUATION_COLUMNS, row)))

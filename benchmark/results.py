@@ -201,14 +201,14 @@ def table_rows(task: Path) -> list[str]:
 def ablation_rows(task: Path, defaults: Path) -> list[str]:
     """The rows of a page: deterministic scores of every arm at its end, and less those of the defaults at that step.
 
-    An arm is named <policy>-<what is changed>; the defaults are the same policy's first seeds, as many as it has.
+    An arm is named <policy>-<what is changed>; the defaults are all seeds of that policy.
     """
     rows = []
     for arm in sorted({path.stem.rpartition("_")[0] for path in task.glob("*.csv")}):
         steps, scores, *_ = load(task, arm, "deterministic")
         default_steps, default_scores, *_ = load(defaults, arm.partition("-")[0], "deterministic")
         changed = scores[:, -1]
-        default = default_scores[: len(changed), default_steps.tolist().index(steps[-1])]
+        default = default_scores[:, default_steps.tolist().index(steps[-1])]
         low, high = interval(bootstrap(changed) - np.random.default_rng(1).permutation(bootstrap(default)))
         each = [" ".join(f"{score:.2f}" for score in values) for values in (changed, default)]
         difference = f"{changed.mean() - default.mean():+.2f} [{low:+.2f}, {high:+.2f}]"

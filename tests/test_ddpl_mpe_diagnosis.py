@@ -54,6 +54,8 @@ def test_a_force_brings_what_the_environment_says():
         return ((actions[0, :, 0] * x + actions[0, :, 1] * y) / torch.hypot(x, y)).expand(2, -1)
 
     said, brought = diagnosis.compare(env, obs, diagnosis.still, towards, 0.95)
+    assert brought.shape == (8, diagnosis.ROLLOUTS, 30) and (brought == brought[:, :1]).all()  # nothing is random here
+    brought = brought[:, 0]
     diagnosis.restore(env, start)
     forces = [np.tile([1.0, 0.0], (30, 1, 1)), *[np.zeros((30, 1, 2))] * 18]
     np.testing.assert_allclose(
@@ -70,11 +72,14 @@ def test_a_run_has_its_rows(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(diagnosis, name, 2)
     few = {"total_timesteps": 80, "learning_starts": 40, "eval_episodes": 2, "final_eval_episodes": 2}
     run_dir = mpe.train(mpe.Args(policy="gaussian", compile=False, **few))["run_dir"]
+    other = mpe.train(mpe.Args(env_id="simple_reference_v3", compile=False, **few))["run_dir"]
     diagnosis.main([run_dir])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| 3 agents, gaussian, seed 1 |") for line in lines) == 2
-    with pytest.raises(SystemExit, match="there is no file"):
-        diagnosis.main([str(tmp_path)])
-    monkeypatch.setattr(mpe, "load_team", lambda path: (None, mpe.Args(env_id="simple_reference_v3")))
-    with pytest.raises(SystemExit, match="is a run of simple_reference_v3; choose one of simple_spread_v3"):
-        diagnosis.main([run_dir])
+    for wrong, sentence in (
+        (str(tmp_path), "RUN_DIR: there is no checkpoint.pt in"),
+        (other, "env-id simple_reference_v3, not"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            diagnosis.main([run_dir, wrong])
+        assert not capsys.readouterr().out
