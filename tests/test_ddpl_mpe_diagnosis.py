@@ -66,6 +66,22 @@ def test_a_force_brings_what_the_environment_says():
     assert far.sum() > 10 and np.corrcoef(said[:, far].ravel(), brought[:, far].ravel())[0, 1] > 0.95
 
 
+def test_a_row_says_how_sure_it_is(monkeypatch):
+    """Every second rollout brings what the critics say, the others noise: the mean goes with it by 1 / sqrt(2)."""
+    monkeypatch.setattr(diagnosis, "STATES", 40)
+    generator = np.random.default_rng(0)
+    said, noise = generator.normal(size=(2, 8, 40))
+    outcomes = np.stack([said, noise] * 4, axis=1)  # [8, ROLLOUTS, E]
+    monkeypatch.setattr(diagnosis, "compare", lambda *_: (said, outcomes))
+    args = mpe.Args()
+    env = mpe.VectorMPE(diagnosis.TASK, None, 1)
+    learner = mpe.Learner(args, env.obs_size, env.state_size, env.action_mask(), env.alike)
+    _, _, correlation, halves, *_ = diagnosis.critic_row("", learner).split("|")
+    middle, low, high = (float(number.strip(" [],")) for number in correlation.split())
+    assert middle == pytest.approx(0.5**0.5, abs=0.05) and abs(float(halves)) < 0.15
+    assert 0.02 < middle - low < 0.15 and 0.02 < high - middle < 0.15
+
+
 def test_a_run_has_its_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("EPISODES", "STATES", "ROLLOUTS"):
