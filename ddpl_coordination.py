@@ -659,8 +659,12 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         print("stopped before the end, so there are no results; start again for the same numbers", file=sys.stderr)
         raise SystemExit(130) from None
-    except (RunError, OSError, MemoryError) as error:
+    except (RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what PyTorch says where the CPU has no memory left
+            raise
+        raise SystemExit(f"{SCRIPT}.py: error: out of memory; choose smaller numbers ({error})") from None
     print(f"run folder {result['run_dir']}")
 
 

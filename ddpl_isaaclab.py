@@ -766,16 +766,26 @@ def step_towards(average: nn.Module, network: nn.Module, share: float) -> None:
 def compiled(function: Callable, learner: Learner) -> Callable:
     """An update of this learner through torch.compile: one graph, gradients and optimisers included.
 
-    On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself.
+    On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself. Raises RunError where the
+    compiler fails.
     """
     torch._dynamo.config.trace_autograd_ops = True
-    if not next(learner.parameters()).is_cuda:
-        return torch.compile(function, fullgraph=True, options={"fallback_random": True, "cpp_wrapper": True})
-    for optimizer in learner.optimizers():
+    on_cuda = next(learner.parameters()).is_cuda
+    for optimizer in learner.optimizers() if on_cuda else ():
         for state in optimizer.state.values():
             for tensor in state.values():
                 torch._dynamo.mark_static_address(tensor)  # a CUDA graph may then change it in place
-    return torch.compile(function, fullgraph=True, options={"fallback_random": True, "triton.cudagraphs": True})
+    options = {"fallback_random": True, "triton.cudagraphs" if on_cuda else "cpp_wrapper": True}
+    step = torch.compile(function, fullgraph=True, options=options)
+
+    def step_or_sentence(*arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(f"--compile: the compiler failed ({reason}); try --no-compile") from None
+
+    return step_or_sentence
 
 
 @torch.no_grad()
@@ -1015,13 +1025,17 @@ def evaluate(policy: nn.Module, env: StackedAgents, deterministic: bool, seed: i
     returns = torch.zeros(len(obs), device=obs.device)
     successes = torch.zeros((), device=obs.device)
     playing = torch.ones(len(obs), dtype=torch.bool, device=obs.device)
+    finite = obs.isfinite().all()
     while playing.any():
         after = env.step(policy.sample(obs.transpose(0, 1), deterministic).transpose(0, 1))
         obs = after.obs
+        finite = finite & obs.isfinite().all()
         returns = returns + playing * after.reward
         # Of the further episodes of environments that have ended early, none should count.
         successes = successes + torch.minimum(after.successes, (playing & after.ended).sum())
         playing = playing & ~after.ended
+    if not all(everyones(bool(finite))):
+        raise RunError("an observation is NaN or infinite in an evaluation")
     success_rate = float(np.mean(everyones(float(successes) / len(obs))))
     return np.concatenate(everyones(returns.cpu().numpy())), success_rate
 
@@ -1232,7 +1246,8 @@ def training_loop(
     if writer:
         writer.close()
         versions = {package: version(package) for package in ("torch", "numpy", "isaaclab")}
-        (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
+        with whole_file(run_dir / "result.json") as path:
+            path.write_text(json.dumps(result | {"versions": versions}, indent=2))
     return result
 
 
@@ -1349,7 +1364,8 @@ def create_run(args: Args, task: str) -> Path:
     """A new run folder with the arguments in it."""
     run_dir = Path("runs") / f"{args.exp_name}__{task}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+    with whole_file(run_dir / "args.json") as path:
+        path.write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
     return run_dir
 
 
@@ -1630,7 +1646,10 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
+
+    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
+    """
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1641,6 +1660,10 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
+    except RunError as error:
+        if not signals:
+            raise
+        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1108,6 +1108,8 @@ def evaluator(env: HeuristicEnemySMAX, args: Args) -> Callable[[Any, int, bool, 
         """What evaluate returns, each [seeds, episodes]."""
         keys = jax.random.split(jax.random.PRNGKey(seed), math.ceil(episodes / args.eval_episodes))
         waves = [jax.device_get(play(policies, (key, jnp.array(deterministic)))) for key in keys]
+        if not all(np.isfinite(wave["returns"]).all() for wave in waves):
+            raise RunError("a return is NaN or infinite in an evaluation")
         # In the order of BATTLE: JAX returns a dict in that of its keys.
         return {name: np.concatenate([wave[name] for wave in waves], 1)[:, :episodes] for name in BATTLE}
 
@@ -1215,6 +1217,9 @@ def training_loop(
         check_finite(tensors.items(), progress.global_step)
         save_team(run_dir, args, training.learner.average_policy)
         save_checkpoint(run_dir, args, replace(progress, seconds=seconds()), tensors)
+        if signals:
+            bar.close()
+            raise Stopped(f"stopped at step {progress.global_step}; go on with --resume {run_dir}")
 
     def log_evaluation(episodes: int) -> dict[str, np.ndarray]:
         policies = training.learner.average_policy
@@ -1237,9 +1242,6 @@ def training_loop(
     while progress.global_step < args.total_timesteps:
         if signals or due(args.checkpoint_interval):
             save()
-        if signals:
-            bar.close()
-            raise Stopped(f"stopped at step {progress.global_step}; go on with --resume {run_dir}")
 
         # Act, store and learn.
         learning = progress.global_step >= args.learning_starts
@@ -1278,7 +1280,8 @@ def training_loop(
         "env_steps_per_second": env_steps_per_second,
     }
     versions = {package: version(package) for package in ("jax", "jaxmarl", "optax", "numpy")}
-    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
+    with whole_file(run_dir / "result.json") as path:
+        path.write_text(json.dumps(result | {"versions": versions}, indent=2))
     return result
 
 
@@ -1391,7 +1394,8 @@ def create_run(args: Args, task: str) -> Path:
     """A new run folder with the arguments in it."""
     run_dir = Path("runs") / f"{args.exp_name}__{task}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+    with whole_file(run_dir / "args.json") as path:
+        path.write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
     return run_dir
 
 
@@ -1664,7 +1668,10 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
+
+    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
+    """
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1675,6 +1682,10 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
+    except RunError as error:
+        if not signals:
+            raise
+        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -546,16 +546,26 @@ def take_step(optimizer: Adam, loss: Tensor, max_grad_norm: float) -> None:
 def compiled(function: Callable, learner: Learner) -> Callable:
     """An update of this learner through torch.compile: one graph, gradients and optimisers included.
 
-    On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself.
+    On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself. Raises RunError where the
+    compiler fails.
     """
     torch._dynamo.config.trace_autograd_ops = True
-    if not next(learner.parameters()).is_cuda:
-        return torch.compile(function, fullgraph=True, options={"fallback_random": True, "cpp_wrapper": True})
-    for optimizer in learner.optimizers():
+    on_cuda = next(learner.parameters()).is_cuda
+    for optimizer in learner.optimizers() if on_cuda else ():
         for state in optimizer.state.values():
             for tensor in state.values():
                 torch._dynamo.mark_static_address(tensor)  # a CUDA graph may then change it in place
-    return torch.compile(function, fullgraph=True, options={"fallback_random": True, "triton.cudagraphs": True})
+    options = {"fallback_random": True, "triton.cudagraphs" if on_cuda else "cpp_wrapper": True}
+    step = torch.compile(function, fullgraph=True, options=options)
+
+    def step_or_sentence(*arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RunError(f"--compile: the compiler failed ({reason}); try --no-compile") from None
+
+    return step_or_sentence
 
 
 # -------------------------------------------------------------------------------------------------- replay buffer
@@ -785,8 +795,16 @@ def training_loop(
         return progress.seconds + time.monotonic() - started
 
     def save() -> None:
+        nonlocal last_checkpoint
         check_learner(learner, progress.global_step)
         save_checkpoint(run_dir, args, replace(progress, seconds=seconds()), learner, buffer)
+        last_checkpoint = progress.global_step
+
+    def stop_if_asked() -> None:
+        if signals:
+            bar.close()
+            saved = f"the last checkpoint is from step {last_checkpoint}"
+            raise Stopped(f"stopped at step {progress.global_step}; {saved}; go on with --resume {run_dir}")
 
     def log_evaluation(episodes: int, video: Path | None = None) -> np.ndarray:
         for mode, act in ways_to_play(learner).items():
@@ -808,12 +826,8 @@ def training_loop(
         # A checkpoint cannot hold the state of any environment, so there all copies start anew, interrupted or not.
         if progress.global_step - last_checkpoint >= args.checkpoint_interval:
             save()
-            last_checkpoint = progress.global_step
             obs = None
-        if signals:
-            bar.close()
-            checkpoint = f"the last checkpoint is from step {last_checkpoint}; go on with --resume {run_dir}"
-            raise Stopped(f"stopped at step {progress.global_step}; {checkpoint}")
+        stop_if_asked()
         if obs is None:
             seeds = episode_seeds(0, args.seed, progress.episode, args.num_envs)
             obs, _ = env.reset(seed=seeds.tolist())
@@ -872,6 +886,7 @@ def training_loop(
             log_evaluation(args.eval_episodes)
 
     save()
+    stop_if_asked()
     env_steps_per_second = (progress.global_step - first_step) / (time.monotonic() - started)
     episodic_returns = log_evaluation(args.final_eval_episodes, run_dir / "final.gif" if args.capture_video else None)
     bar.close()
@@ -884,7 +899,8 @@ def training_loop(
         "env_steps_per_second": env_steps_per_second,
     }
     versions = {package: version(package) for package in ("torch", "numpy", "gymnasium", "mujoco")}
-    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
+    with whole_file(run_dir / "result.json") as path:
+        path.write_text(json.dumps(result | {"versions": versions}, indent=2))
     return result
 
 
@@ -997,7 +1013,8 @@ def create_run(args: Args, task: str) -> Path:
     """A new run folder with the arguments in it."""
     run_dir = Path("runs") / f"{args.exp_name}__{task}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+    with whole_file(run_dir / "args.json") as path:
+        path.write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
     return run_dir
 
 
@@ -1205,7 +1222,7 @@ def play(args: Args, given: Collection[str] = ()) -> None:
     run_dir = existing_run("--evaluate", args.evaluate)
     free = ("seed", "final_eval_episodes", "num_threads", "device", "compile")
     args, checkpoint = load_checkpoint("--evaluate", run_dir, args, given, free)
-    args = with_preset(args)
+    args = replace(with_preset(args), compile=False)  # nothing is learned
     check_args(args)
     torch.set_num_threads(args.num_threads)
     device = choose_device(args)
@@ -1232,7 +1249,10 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
+
+    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
+    """
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1243,6 +1263,10 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
+    except RunError as error:
+        if not signals:
+            raise
+        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -742,6 +742,9 @@ def training_loop(
     def save() -> None:
         check_finite(learner._asdict().items(), progress.global_step)
         save_checkpoint(run_dir, args, replace(progress, seconds=seconds()), learner)
+        if signals:
+            bar.close()
+            raise Stopped(f"stopped at step {progress.global_step}; go on with --resume {run_dir}")
 
     def log_evaluation(episodes: int, video: Path | None = None) -> np.ndarray:
         for mode in ("stochastic", "deterministic"):
@@ -755,13 +758,9 @@ def training_loop(
         return returns  # of the deterministic policy
 
     while progress.trajectories < args.total_trajectories:
-        if progress.trajectories - last_checkpoint >= args.checkpoint_interval:
+        if signals or progress.trajectories - last_checkpoint >= args.checkpoint_interval:
             save()
             last_checkpoint = progress.trajectories
-        if signals:
-            save()
-            bar.close()
-            raise Stopped(f"stopped at step {progress.global_step}; go on with --resume {run_dir}")
 
         # Play.
         count = next_batch(learner, args)
@@ -803,7 +802,8 @@ def training_loop(
         "env_steps_per_second": env_steps_per_second,
     }
     versions = {package: version(package) for package in ("torch", "numpy", "gymnasium")}
-    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
+    with whole_file(run_dir / "result.json") as path:
+        path.write_text(json.dumps(result | {"versions": versions}, indent=2))
     return result
 
 
@@ -901,7 +901,8 @@ def create_run(args: Args, task: str) -> Path:
     """A new run folder with the arguments in it."""
     run_dir = Path("runs") / f"{args.exp_name}__{task}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+    with whole_file(run_dir / "args.json") as path:
+        path.write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
     return run_dir
 
 
@@ -1131,7 +1132,10 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
+
+    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
+    """
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1142,6 +1146,10 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
+    except RunError as error:
+        if not signals:
+            raise
+        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1182,7 +1182,8 @@ def training_loop(
     }
     packages = ("torch", "numpy", "mujoco") + (("metaworld",) if args.env_id != "point" else ())
     versions = {package: version(package) for package in packages}
-    (run_dir / "result.json").write_text(json.dumps(result | {"versions": versions}, indent=2))
+    with whole_file(run_dir / "result.json") as path:
+        path.write_text(json.dumps(result | {"versions": versions}, indent=2))
     return result
 
 
@@ -1282,7 +1283,8 @@ def create_run(args: Args, task: str) -> Path:
     """A new run folder with the arguments in it."""
     run_dir = Path("runs") / f"{args.exp_name}__{task}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
+    with whole_file(run_dir / "args.json") as path:
+        path.write_text(json.dumps({"script": SCRIPT, **run_arguments(args)}, indent=2))
     return run_dir
 
 
@@ -1521,7 +1523,10 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
+
+    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
+    """
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1532,6 +1537,10 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
+    except RunError as error:
+        if not signals:
+            raise
+        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

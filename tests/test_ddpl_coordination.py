@@ -258,6 +258,14 @@ def test_a_full_disk_is_told_in_one_line(monkeypatch):
     assert list(Path("runs").glob("*/args.json")) and not list(Path("runs").glob("*/result.json"))
 
 
+@pytest.mark.parametrize("options", [dict(denoising_steps=2**32 - 1), dict(num_uniform=2**32 - 1)])
+def test_memory_that_is_not_there_is_told_in_one_line(options):
+    with pytest.raises(SystemExit) as stopped:
+        main(Args(num_agents=(2,), num_seeds=2, total_timesteps=480, learning_starts=12, **options))
+    message = str(stopped.value.code)
+    assert message.startswith("ddpl_coordination.py: error: out of memory") and "\n" not in message
+
+
 def test_exit_code_and_standard_error():
     done = subprocess.run(command(ddpl_coordination, bonus=-1), capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--bonus" in done.stderr

@@ -317,7 +317,7 @@ class AfterChecks(list):
 @every_script
 def test_stopped_and_resumed_equals_never_stopped(script, finished):
     """ddpl_mpe.py between two episodes and srvr_npg.py between two batches, where they save; the others at once."""
-    checks = {ddpl_mpe: 6, ddpl_isaaclab: 5, srvr_npg: 4}.get(script, 150)
+    checks = {ddpl_mpe: 5, ddpl_isaaclab: 5, srvr_npg: 6}.get(script, 150)
     with pytest.raises(script.Stopped) as stopped:
         script.train(script.Args(**SCRIPTS[script]), signals=AfterChecks(checks))
     (run_dir,) = Path("runs").iterdir()
@@ -326,6 +326,25 @@ def test_stopped_and_resumed_equals_never_stopped(script, finished):
     assert loaded(run_dir)["progress"]["global_step"] == (400 if saved else 600)
     script.train(script.Args(resume=str(run_dir)))
     assert not differing(loaded(run_dir), loaded(finished))
+    assert evaluations(run_dir) == evaluations(finished)
+
+
+@one_process_scripts
+def test_stopped_before_the_last_evaluation(script, finished, monkeypatch):
+    signals, save = [], script.save_checkpoint
+
+    def save_and_interrupt(run_dir, args, progress, *others):
+        save(run_dir, args, progress, *others)
+        if progress.global_step == 1_200:
+            signals.append(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save_checkpoint", save_and_interrupt)
+        with pytest.raises(script.Stopped, match="stopped at step 1200"):
+            script.train(script.Args(**SCRIPTS[script]), signals=signals)
+    (run_dir,) = Path("runs").iterdir()
+    assert not (run_dir / "result.json").exists()
+    script.train(script.Args(resume=str(run_dir)))
     assert evaluations(run_dir) == evaluations(finished)
 
 
@@ -609,11 +628,18 @@ def test_a_module_is_imported_on_the_users_word_alone(script, flag, finished, no
 
 def poison(script, monkeypatch, what, at):
     """Make the observation or the reward of a run's step `at` NaN, or the observation of every reset (0)."""
-    owner = {ddpl_mpe: ddpl_mpe.VectorMPE, ddpl_mamujoco: ddpl_mamujoco.StackedAgents}.get(script, PendulumEnv)
+    own = {
+        ddpl_mpe: ddpl_mpe.VectorMPE,
+        ddpl_mamujoco: ddpl_mamujoco.StackedAgents,
+        ddpl_isaaclab: fake_isaac.FakeMARLEnv,
+    }
+    owner = own.get(script, PendulumEnv)
     reset, step, size, calls = owner.reset, owner.step, 8 if script is ddpl_mpe else 1, []
 
     def nan(value):
-        return value | {"obs": value["obs"] * np.nan} if isinstance(value, dict) else value * np.nan
+        if isinstance(value, dict):
+            return value | {name: value[name] * np.nan for name in ("obs", "left") if name in value}
+        return value * np.nan
 
     def poisoned_reset(self, *args, **options):
         result = reset(self, *args, **options)
@@ -648,12 +674,13 @@ def test_nan_of_a_task_stops_the_run_and_loses_nothing(script, what, at, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore:.*WARN")
-@gymnasium_scripts
+@every_script
 def test_nan_in_an_evaluation(script, finished, monkeypatch):
     """A policy cannot choose by it."""
     poison(script, monkeypatch, "an observation", 0)
     message = error_of(script, evaluate=str(finished))
-    assert "an observation of Pendulum-v1 is NaN or infinite in an evaluation" in message
+    task = {ddpl_mpe: " of simple_spread_v3", ddpl_mamujoco: " of Hopper", ddpl_isaaclab: ""}
+    assert f"an observation{task.get(script, ' of Pendulum-v1')} is NaN or infinite in an evaluation" in message
 
 
 @module_scripts
@@ -724,7 +751,9 @@ INVALID = [  # in every script that has the first of them
     dict(denoising_steps=0),
     dict(block_size=0),
     dict(init_temperature=0.0),
+    dict(init_temperature=1e-300),
     dict(target_entropy=1.0),
+    dict(target_entropy=-math.inf),
     dict(sigmas=()),
     dict(sigmas=(0.1, -0.1)),
     dict(num_per_kernel=1, num_uniform=0, sigmas=(0.1,)),
@@ -732,6 +761,7 @@ INVALID = [  # in every script that has the first of them
     dict(pessimism=-0.1),
     dict(pessimism=math.inf),
     dict(actor_batch_size=30),  # not a multiple of four critics
+    dict(actor_batch_size=64, batch_size=32),
     dict(num_candidates=1),
     dict(policy_frequency=True),
     dict(entropy_coefficient=-0.1),
@@ -835,6 +865,32 @@ def test_compiling_without_a_compiler(script):
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         message = error_of(script, **SCRIPTS[script] | dict(compile=True))
     assert "--compile" in message and "C++ compiler" in message and not Path("runs").exists()
+
+
+@module_scripts
+def test_playing_compiles_nothing(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "compiled", lambda function, learner: function)
+    run_dir = script.train(script.Args(**SCRIPTS[script] | dict(compile=True)))["run_dir"]
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        script.main(script.Args(evaluate=run_dir))
+    assert "deterministic return" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_compiler_that_fails_is_told(interrupted, tmp_path, capsys):
+    """Also where it was Ctrl-C, which the terminal sends to it as well, that ended it."""
+    compiler = tmp_path / "g++"
+    ctrl_c = "kill -INT $PPID\n" if interrupted else ""
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in --version) exec g++ --version;; esac\n{ctrl_c}exit 1\n')
+    compiler.chmod(0o755)
+    options = SCRIPTS[ddpl_mpe] | dict(policy="gaussian", compile=True)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler)), "force_disable_caches": True}):
+        with pytest.raises(SystemExit) as stopped:
+            ddpl_mpe.main(ddpl_mpe.Args(**options))
+    told = capsys.readouterr().err if interrupted else stopped.value.code
+    assert "--compile: the compiler failed" in told and "try --no-compile" in told
+    assert (stopped.value.code == 130) == interrupted == ("go on with --resume" in told)
 
 
 @every_script

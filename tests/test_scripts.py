@@ -13,6 +13,7 @@ import ddpl_coordination
 import ddpl_isaaclab
 import ddpl_mamujoco
 import ddpl_mpe
+import ddpl_smax_jax
 import policy_transfer
 import qvpo
 import srvr_npg
@@ -139,6 +140,21 @@ DIFFERENT |= {
     (srvr_npg, world4rl): STAGES | because("other tasks", "make_task"),
     (policy_transfer, world4rl): because("another algorithm", "Args check_args evaluate main train"),
 }
+# What JAX leaves as it is.
+TWIN = (
+    "Diffusion RunError SCRIPT Stopped Temperature check_types create_run damage_reported fits locked noted_signals "
+    "read_command_line read_progress require run_arguments start_logging whole_file write_evaluations"
+).split()
+# What only some of the three benchmarks need. Everything else is in all of them.
+OWN = {
+    ddpl_mpe: "VectorMPE cooperative_tasks unfit",
+    ddpl_mamujoco: "CONFIGURATIONS PACKAGES StackedAgents make_vector_env task_name vector_env",
+    ddpl_isaaclab: "FAILURES StackedAgents Step anneal_learning_rates average_gradients everyones gathered make_config "
+    "process_seed rank together world_size",
+}
+ON_THE_HOST = (
+    "forked_random_numbers random_state set_random_state to_device".split()
+)  # where Isaac Lab is on the device
 PURE = {"noise_schedule", "denoise_step", "propose_actions", "issm_weights", "issm_target"}
 
 
@@ -156,7 +172,7 @@ def definitions(script) -> dict[str, str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             decorators = "".join(f"@{ast.unparse(decorator)}\n" for decorator in node.decorator_list)
             named[node.name] = decorators + ast.get_source_segment(source, node)
-        elif isinstance(node, ast.Assign):
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             named[node.targets[0].id] = ast.get_source_segment(source, node)
     return named
 
@@ -200,6 +216,38 @@ def test_the_three_benchmarks_learn_by_one_text(one, other):
     algorithm |= {"update", "compiled", "ReplayBuffer"}
     assert algorithm <= definitions(one).keys() & definitions(other).keys()
     assert not algorithm & reasons(one, other).keys()
+
+
+def test_the_three_benchmarks_have_the_same_parts():
+    """A part that is renamed or missing in one of them is not compared any more."""
+    parts = {script: definitions(script).keys() - set(OWN[script].split()) for script in DDPL[:3]}
+    assert parts[ddpl_mpe] == parts[ddpl_mamujoco] == parts[ddpl_isaaclab] | set(ON_THE_HOST)
+
+
+@pytest.mark.parametrize("script", DDPL[1:3], ids=lambda script: script.__name__)
+def test_the_three_benchmarks_refuse_the_same_arguments(script):
+    """Each checks more of its own."""
+
+    def checks(script):
+        (function,) = ast.parse(definitions(script)["check_args"]).body
+        return [ast.unparse(statement) for statement in function.body[2:]]  # after the docstring and check_types
+
+    assert [check for check in checks(script) if check in checks(ddpl_mpe)] == checks(ddpl_mpe)
+
+
+@pytest.mark.parametrize("name", TWIN)
+def test_the_jax_twin_has_the_same_source(name):
+    assert definitions(ddpl_smax_jax)[name] == definitions(ddpl_mpe)[name]
+
+
+def test_an_imported_name_is_the_same_thing_everywhere():
+    known = {}
+    for script in {*SCRIPTS, ddpl_smax_jax} - {policy_transfer}:  # which calls numpy's array Array, as JAX does its own
+        for node in ast.walk(ast.parse(Path(script.__file__).read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for alias in node.names:
+                    origin = f"{getattr(node, 'module', '')}.{alias.name}"
+                    assert known.setdefault(alias.asname or alias.name, origin) == origin, script.__name__
 
 
 @pytest.mark.parametrize("script", DDPL[1:], ids=lambda script: script.__name__)
