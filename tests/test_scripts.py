@@ -142,7 +142,7 @@ DIFFERENT |= {
 }
 # What JAX leaves as it is.
 TWIN = (
-    "Diffusion RunError SCRIPT Stopped Temperature check_types create_run damage_reported fits locked noted_signals "
+    "RunError SCRIPT Stopped check_types create_run damage_reported fits locked noted_signals "
     "read_command_line read_progress require run_arguments start_logging whole_file write_evaluations"
 ).split()
 # What only some of the three benchmarks need. Everything else is in all of them.
