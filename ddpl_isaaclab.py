@@ -1591,7 +1591,7 @@ def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
             config=run_arguments(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(run_dir, purge_step=global_step)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # a checkpoint is from after the points of its step
     table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
     writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
     return writer

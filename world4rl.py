@@ -600,7 +600,8 @@ def update(learner: Learner, rollout: Rollout) -> dict[str, Tensor]:
 
     for _ in range(args.update_epochs):
         for rows in torch.randperm(len(running), device=learner.device).chunk(args.num_minibatches):
-            metrics = update_minibatch(learner, Minibatch(*(column[rows] for column in steps)))
+            if len(rows) > 1:  # one alone, which may be left over, has no deviation to normalise its advantage by
+                metrics = update_minibatch(learner, Minibatch(*(column[rows] for column in steps)))
 
     with torch.no_grad():
         target = steps.advantage + steps.value
@@ -867,7 +868,7 @@ def evaluate(
     episodes: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Successes, 1 or 0, of real episodes [episodes], and of imagined ones [max(episodes, 256)] from the same starts.
+    """Successes, 1 or 0, of real episodes [episodes], and of imagined ones [256 or a little more] from the same starts.
 
     Imagined success is one NaN where there is no model. Leaves no trace in training's random numbers and the learner.
     """
@@ -958,6 +959,12 @@ def amount_of_work(args: Args) -> dict[str, int]:
         "model": args.model_steps * imagines,
         "refine": args.total_timesteps,
     }
+
+
+def work_done(args: Args, progress: Progress) -> int:
+    """Units of work in all stages so far: TensorBoard's step."""
+    before_refinement = [*amount_of_work(args).values()][:-1]
+    return sum(before_refinement[: progress.stage]) + max(progress.unit, progress.global_step)
 
 
 def empty_data(args: Args, task: PointTask | MetaWorldTask) -> Episode:
@@ -1070,7 +1077,7 @@ def train(args: Args, given: Collection[str] = (), signals: Sequence[int] = ()) 
         if args.resume is not None:
             run_dir = existing_run("--resume", args.resume)
             held.enter_context(locked(run_dir))
-            args, checkpoint = load_checkpoint("--resume", run_dir, args, given, free=("device", "stage"))
+            args, checkpoint = load_checkpoint("--resume", run_dir, args, {*given, "stage"}, free=("device", "stage"))
         check_args(args)
         torch.set_num_threads(args.num_threads)
         torch.manual_seed(args.seed)
@@ -1099,7 +1106,7 @@ def training_loop(
 ) -> dict:
     """Go through the stages, from where `progress` stands. Between rounds a checkpoint holds everything."""
     started = time.monotonic()
-    writer = start_logging(args, run_dir, progress.global_step)
+    writer = start_logging(args, run_dir, work_done(args, progress))
     end = len(STAGES) if args.stage == "all" else STAGES.index(args.stage) + 1
 
     def seconds() -> float:
@@ -1116,8 +1123,8 @@ def training_loop(
             mean, std = float(real.mean()), float(real.std())
             row = progress.global_step, round(seconds(), 1), mode, mean, std, episodes, mean, float(imagined.mean())
             progress.rows.append(dict(zip(EVALUATION_COLUMNS, row)))
-            writer.add_scalar(f"returns/{mode}", mean, progress.global_step)
-            writer.add_scalar(f"success/imagined_{mode}", float(imagined.mean()), progress.global_step)
+            writer.add_scalar(f"returns/{mode}", mean, work_done(args, progress))
+            writer.add_scalar(f"success/imagined_{mode}", float(imagined.mean()), work_done(args, progress))
         write_evaluations(run_dir, progress.rows)
         return real  # of the deterministic policy
 
@@ -1153,7 +1160,7 @@ def training_loop(
             if stage == "refine":
                 metrics["steps_per_second"] = progress.unit / progress.stage_seconds[stage]
             for name, value in metrics.items():
-                writer.add_scalar(name, float(value), progress.unit)
+                writer.add_scalar(name, float(value), work_done(args, progress))
             bar.update(done)
             name, value = next(reversed(metrics.items()))
             bar.set_postfix({name: f"{float(value):.2f}"})
@@ -1166,6 +1173,8 @@ def training_loop(
         progress.unit = 0
 
     save()
+    if signals:
+        raise Stopped(f"stopped before the last evaluation; go on with --resume {run_dir}")
     result = {"run_dir": str(run_dir), "global_step": progress.global_step}
     if args.stage != "all":
         writer.close()
@@ -1478,7 +1487,7 @@ def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
             config=run_arguments(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(run_dir, purge_step=global_step)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # a checkpoint is from after the points of its step
     table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
     writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
     return writer
@@ -1497,6 +1506,8 @@ def play(args: Args, given: Collection[str] = ()) -> None:
     task = make_task(args)
     learner = Learner(args, task, choose_device(args))
     with damage_reported("--evaluate", run_dir / "checkpoint.pt"):
+        if read_progress(checkpoint["progress"]).stage < STAGES.index("refine"):
+            raise RunError(f"--evaluate: {run_dir} has no policy to refine yet; go on with --resume")
         copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
     for name, policy in (("clone", learner.clone), ("policy", learner.policy)):
         for mode in ("stochastic", "deterministic"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,6 +43,13 @@ def evaluations(run_dir):
     """The rows of evaluations.csv, without the seconds, which no run repeats."""
     rows = list(csv.DictReader(open(Path(run_dir) / "evaluations.csv")))
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def scalars(run_dir):
+    """The points of TensorBoard's curves, without those of speed, which no run repeats."""
+    events = EventAccumulator(str(run_dir)).Reload()
+    tags = set(events.Tags()["scalars"]) - {"steps_per_second"}
+    return {tag: [(event.step, str(event.value)) for event in events.Scalars(tag)] for tag in tags}
 
 
 def global_step(checkpoint):

@@ -23,7 +23,17 @@ import pytest
 import torch
 import torch._inductor.config
 from gymnasium.envs.classic_control import PendulumEnv
-from helpers import checkpoint_of, command, equal, error_of, evaluations, global_step, kill_and_resume, wait_for
+from helpers import (
+    checkpoint_of,
+    command,
+    equal,
+    error_of,
+    evaluations,
+    global_step,
+    kill_and_resume,
+    scalars,
+    wait_for,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bang_bang
@@ -327,6 +337,7 @@ def test_stopped_and_resumed_equals_never_stopped(script, finished):
     script.train(script.Args(resume=str(run_dir)))
     assert not differing(loaded(run_dir), loaded(finished))
     assert evaluations(run_dir) == evaluations(finished)
+    assert equal(scalars(run_dir), scalars(finished))
 
 
 @one_process_scripts

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import checkpoint_of, command, equal, error_of, evaluations, kill_and_resume
+from helpers import checkpoint_of, command, equal, error_of, evaluations, kill_and_resume, scalars
 
 import world4rl
 from benchmark import world4rl_figures
@@ -276,6 +276,30 @@ def test_frozen_is_frozen(small, monkeypatch):
     changed = {name.split(".")[0] for name in learned if not equal(learned[name], was[name])}
     assert rollouts and changed == {"policy", "value"} and equal(after["data"], before["data"])
     assert equal(after["learner"], checkpoint_of(small)["learner"])  # stage by stage or in one go
+
+
+def test_stage_by_stage_loses_nothing(small, capsys):
+    """Of the policy, the evaluations or the curves; --resume alone goes on to the end."""
+    world4rl.main(Args(**SMALL, stage="clone"))
+    (run_dir,) = Path("runs").iterdir()
+    with pytest.raises(SystemExit, match=f"--evaluate: {run_dir} has no policy to refine yet; go on with --resume"):
+        world4rl.main(Args(evaluate=str(run_dir)))
+    world4rl.main(Args(resume=str(run_dir), stage="model"), ["stage"])
+    world4rl.main(Args(resume=str(run_dir)))
+    assert "final return" in capsys.readouterr().out.splitlines()[-1]
+    assert evaluations(run_dir) == evaluations(small["run_dir"])
+    assert scalars(run_dir) == scalars(small["run_dir"])
+
+
+def test_a_minibatch_of_one_row_is_left_out():
+    """993 rows in 32 chunks of 32 leave one."""
+    learner = learner_of(num_minibatches=32)
+    running = (torch.arange(33 * 31) < 993).float().view(33, 31)
+    obs, next_obs = torch.randn(2, 33, 31, 4)
+    none = torch.zeros(33, 31)
+    rollout = Rollout(obs, torch.randn(33, 31, 2), torch.randn(33, 31), none, none, next_obs, running)
+    metrics = world4rl.update(learner, rollout)
+    assert all(value.isfinite() for value in metrics.values())
 
 
 @pytest.mark.slow
