@@ -100,17 +100,23 @@ class LQR(NamedTuple):
 
 
 def check_problem(problem: LQR) -> None:
-    """Raise RunError, naming the array, where sizes do not fit or Q or R is indefinite."""
+    """Raise RunError, naming the field, where sizes do not fit, Q or R is indefinite, or a number is not possible."""
     n, m, J, k = len(problem.A), problem.B.shape[-1], len(problem.C), problem.S.shape[-1]
     shapes = {"A": (n, n), "B": (n, m), "C": (J, n, n), "D": (J, n, m), "S": (n, k), "Q": (n, n), "R": (m, m)}
     for name, shape in shapes.items():
         if getattr(problem, name).shape != shape:
             raise RunError(f"{name}: shape {getattr(problem, name).shape} does not fit A, B and C; it must be {shape}")
+        if not np.isfinite(getattr(problem, name)).all():
+            raise RunError(f"{name}: it must be finite")
     for name, kind, low in (("Q", "nonnegative", -1e-12), ("R", "positive", 1e-12)):
         matrix = getattr(problem, name)
         least = np.linalg.eigvalsh(matrix + matrix.T)[0] / 2
         if not np.allclose(matrix, matrix.T) or not least >= low:
             raise RunError(f"{name}: it must be symmetric and {kind} definite; its least eigenvalue is {least:.3g}")
+    for name, above in (("temperature", problem.temperature > 0), ("discount", problem.discount >= 0)):
+        if not above or not math.isfinite(getattr(problem, name)):
+            low = "above 0" if name == "temperature" else "from 0 on"
+            raise RunError(f"{name}: {getattr(problem, name)!r} is not valid; it must be a number {low}")
 
 
 def hamiltonian(problem: LQR, P: Array) -> tuple[Array, Array]:
@@ -166,7 +172,8 @@ def riccati(problem: LQR) -> Array:
             if norm(P - last) <= 1e-8 * norm(P):  # the error is then of the order of its square
                 break
     except (LinAlgError, RunError):  # no gain was found, or the costs grow without bound
-        raise RunError("A, B, C, D: not stabilisable: no u = -Kx makes the discounted second moment decay") from None
+        why = "no u = -Kx makes the discounted second moment decay, or Q does not see what grows"
+        raise RunError(f"A, B, C, D: not stabilisable: {why}") from None
     return P
 
 
@@ -175,6 +182,8 @@ def riccati(problem: LQR) -> Array:
 
 def lyapunov_operator(problem: LQR, K: Array) -> Array:
     """The map P -> F'P + PF + sum_j E_j'PE_j as a matrix [n^2, n^2], for F and E_j of the loop that K closes."""
+    if K.shape != problem.B.T.shape or not np.isfinite(K).all():
+        raise RunError(f"K: it must be finite and of shape {problem.B.T.shape}, as A and B are, not {K.shape}")
     F, eye = problem.F - problem.B @ K, np.eye(len(problem.A))
     E = (problem.C - problem.D @ K).mT
     left, right = np.stack([F.T, eye, *E]), np.stack([eye, F.T, *E])
@@ -189,17 +198,19 @@ def lyapunov(operator: Array, *sources: Array) -> Array:
 
 def stabilises(problem: LQR, K: Array) -> bool:
     """Whether the discounted second moment decays under u = -Kx: positive sources then have positive solutions."""
-    return np.linalg.eigvalsh(lyapunov(lyapunov_operator(problem, K), np.eye(len(problem.A)))[0])[0] > 0
+    try:
+        return np.linalg.eigvalsh(lyapunov(lyapunov_operator(problem, K), np.eye(len(problem.A)))[0])[0] > 0
+    except LinAlgError:  # an eigenvalue is 0
+        return False
 
 
 def evaluate(problem: LQR, K: Array) -> Array:
     """P [n, n] of the value x'Px + c of a Gaussian policy with mean -Kx; raises RunError where its cost is infinite."""
     operator = lyapunov_operator(problem, K)
-    P, probe = lyapunov(operator, problem.Q + K.T @ problem.R @ K, np.eye(len(problem.A)))
-    if not np.linalg.eigvalsh(probe)[0] > 0:
+    if not stabilises(problem, K):
         value = np.linalg.eigvals(operator).real.max()
         raise RunError(f"K: does not stabilise: the eigenvalue {value:.3g} of the second moment must be below 0")
-    return P
+    return lyapunov(operator, problem.Q + K.T @ problem.R @ K)[0]
 
 
 def cost(problem: LQR, K: Array, spread: Array) -> float:
@@ -249,8 +260,11 @@ def policy_iteration(problem: LQR, K: Array, P_best: Array, step: Callable, tole
     return np.array(errors)
 
 
-def convergence(errors: Array, floor: float = 1e-13) -> tuple[float, float]:
-    """The order of convergence, from the last three errors above the floor, and the largest ratio of two in a row."""
+def convergence(errors: Array, floor: float = 1e-12) -> tuple[float, float]:
+    """The order of convergence, from the last three errors above the floor, and the largest ratio of two in a row.
+
+    Below the floor errors are rounding.
+    """
     falls = np.diff(np.log(errors[errors > floor]))
     return (falls[-1] / falls[-2] if len(falls) > 1 else math.nan), math.exp(falls.max(initial=-math.inf))
 
@@ -460,11 +474,11 @@ def generated_covariance(cov: Array, horizon: float) -> Array:
     return cov + transition @ (np.eye(len(cov)) - v) @ transition.T
 
 
-def generate(score: Callable, size: tuple[int, ...], rng: Generator, num_steps: int = 100) -> Array:
+def generate(score: Callable, size: tuple[int, ...], rng: Generator, num_steps: int = 200) -> Array:
     """Samples of this size from N(0, I) by the reverse SDE over HORIZON, by Euler-Maruyama; score(x, t) is the data's
-    after time t."""
-    x, h = rng.normal(size=size), HORIZON / num_steps
-    for t in HORIZON - h * np.arange(num_steps):
+    after time t. Steps get shorter towards the data: equal ones leave too much between the modes of a mixture."""
+    x, times = rng.normal(size=size), HORIZON * np.linspace(1, 0, num_steps + 1) ** 2
+    for t, h in zip(times, -np.diff(times)):
         x = x + h * (x / 2 + score(x, t)) + math.sqrt(h) * rng.normal(size=size)
     return x
 
