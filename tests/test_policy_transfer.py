@@ -207,6 +207,7 @@ def test_order_of_known_sequences():
     assert script.convergence(np.array([1e-1, 1e-2, 1e-4, 1e-8])) == pytest.approx((2, 0.1))
     assert script.convergence(0.5 ** np.arange(9)) == pytest.approx((1, 0.5))
     assert script.convergence(np.array([1e-2, 1e-4, 1e-8, 3e-16])) == pytest.approx((2, 1e-2))
+    assert script.convergence(np.array([1e-2, 1e-4, 1e-8, 4e-13, 6e-13])) == pytest.approx((2, 1e-2))  # rounding
 
 
 # ---- without the model
@@ -475,6 +476,8 @@ def test_mixture_is_generated_as_it_is():
     assert np.mean(data) == pytest.approx(-0.4, abs=1e-3) and np.mean(data**2) == pytest.approx(1.09, abs=2e-3)
     assert np.mean(data > 0) == pytest.approx(0.3, abs=1e-3) and np.mean(samples > 0) == pytest.approx(0.3, abs=0.02)
     assert np.sqrt(np.mean((np.sort(samples) - data) ** 2)) < 0.15
+    between = [np.mean(np.abs(x) < 0.3) for x in (samples, data)]
+    assert between[0] == pytest.approx(between[1], abs=0.004)
 
 
 def test_distances_by_hand():
@@ -552,6 +555,10 @@ def test_shapes_and_signs_are_checked():
         ("R", np.diag([1.0, -2.0]), r"R: it must be symmetric and positive definite; its least eigenvalue is -2"),
         ("Q", np.diag([1.0, 1.0, -3.0]), r"Q: it must be symmetric and nonnegative definite.*-3"),
         ("Q", np.array([[1.0, 1, 0], [0, 1, 0], [0, 0, 1]]), r"Q: it must be symmetric"),
+        ("A", np.diag([1.0, math.nan, 1.0]), "A: it must be finite"),
+        ("temperature", 0.0, "temperature: 0.0 is not valid; it must be a number above 0"),
+        ("temperature", math.inf, "temperature: inf is not valid"),
+        ("discount", -0.1, "discount: -0.1 is not valid; it must be a number from 0 on"),
     ):
         with pytest.raises(RunError, match=words):
             riccati(problem._replace(**{name: value}))
@@ -578,6 +585,19 @@ def test_a_start_that_does_not_stabilise_names_the_eigenvalue():
     for call in (lambda K: evaluate(problem, K), lambda K: cost(problem, K, np.eye(1))):
         with pytest.raises(RunError, match="K: does not stabilise: the eigenvalue 2 "):
             call(np.array([[-1.0]]))
+        with pytest.raises(RunError, match="K: does not stabilise: the eigenvalue 0 "):
+            call(np.array([[0.0]]))
+        for gain in (np.zeros((1, 2)), np.array([[math.nan]])):
+            with pytest.raises(RunError, match=r"K: it must be finite and of shape \(1, 1\)"):
+                call(gain)
+
+
+def test_gradient_steps_stay_where_costs_are_finite():
+    """Far from the optimum, where a step as it stands would not: without its halving this start is lost."""
+    for seed in range(40):
+        problem, P = system(seed=seed, n=4)
+        K = script.random_start(problem, best_policy(problem, P)[0], np.random.default_rng(seed))
+        assert script.stabilises(problem, script.gradient_step(problem, K, evaluate(problem, K))), seed
 
 
 @pytest.mark.parametrize(
