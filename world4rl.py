@@ -68,8 +68,8 @@ class Task:
     """Steps of the refinement in all, imagined ones (the last rollout is played to its end)."""
     seed: int = 1
     """Seed of networks, data, minibatches and episodes."""
-    stage: Literal["data", "clone", "rollouts", "model", "refine", "all"] = "all"
-    """The last stage of this call (--resume goes on); all adds the final evaluation."""
+    stage: Literal["data", "clone", "rollouts", "model", "refine", "evaluate", "all"] = "all"
+    """The last stage of this call (--resume goes on); evaluate, the final evaluation, is the last of all."""
 
 
 @dataclass
@@ -876,7 +876,8 @@ def evaluate(
     with forked_random_numbers(learner.device):
         torch.manual_seed(seed)
         seeds = episode_seeds(1, seed, 0, episodes)
-        played = [play_episode(task, int(s), choose, learner.args.horizon, stop=True) for s in seeds]
+        bar = tqdm(seeds, desc="real episodes", leave=False, mininterval=1)
+        played = [play_episode(task, int(s), choose, learner.args.horizon, stop=True) for s in bar]
         real = np.array([float(episode.success.max()) for episode in played])
         if learner.args.refine_in == "simulator":
             return real, np.array([np.nan])
@@ -1065,7 +1066,7 @@ def work(
 def train(args: Args, given: Collection[str] = (), signals: Sequence[int] = ()) -> dict:
     """Run the stages up to --stage; returns a dict.
 
-    Keys: run_dir; global_step, steps of the refinement; and after --stage all, also written to RUN_DIR/result.json:
+    Keys: run_dir; global_step, steps of the refinement; and after the final evaluation, also written to RUN_DIR/result.json:
     episodic_returns, the list of successes (1 or 0) of the final deterministic evaluation in the simulator;
     final_return, their mean; clone_return, the clone's; real_steps, the decisions in the data or, with --refine-in
     simulator, in data and refinement; env_steps_per_second of the refinement; stage_seconds. Raises RunError for bad
@@ -1107,7 +1108,8 @@ def training_loop(
     """Go through the stages, from where `progress` stands. Between rounds a checkpoint holds everything."""
     started = time.monotonic()
     writer = start_logging(args, run_dir, work_done(args, progress))
-    end = len(STAGES) if args.stage == "all" else STAGES.index(args.stage) + 1
+    evaluated = args.stage in ("evaluate", "all")
+    end = len(STAGES) if evaluated else STAGES.index(args.stage) + 1
 
     def seconds() -> float:
         return progress.seconds + time.monotonic() - started
@@ -1176,7 +1178,7 @@ def training_loop(
     if signals:
         raise Stopped(f"stopped before the last evaluation; go on with --resume {run_dir}")
     result = {"run_dir": str(run_dir), "global_step": progress.global_step}
-    if args.stage != "all":
+    if not evaluated:
         writer.close()
         return result
     episodic_returns = log_evaluation(args.final_eval_episodes)

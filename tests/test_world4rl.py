@@ -271,7 +271,7 @@ def test_frozen_is_frozen(small, monkeypatch):
     before = checkpoint_of(world4rl.train(Args(**SMALL, stage="model")))
     assert not rollouts
     (run_dir,) = Path("runs").iterdir()
-    after = checkpoint_of(world4rl.train(Args(resume=str(run_dir), stage="all"), given=["stage"]))
+    after = checkpoint_of(world4rl.train(Args(resume=str(run_dir), stage="evaluate"), given=["stage"]))
     learned, was = after["learner"], before["learner"]
     changed = {name.split(".")[0] for name in learned if not equal(learned[name], was[name])}
     assert rollouts and changed == {"policy", "value"} and equal(after["data"], before["data"])
@@ -445,7 +445,7 @@ def test_main_says_which_stage_is_done(capsys):
         (dict(world_model="rssm"), "'diffusion', 'mlp'"),
         (dict(action_encoding="vq-vae"), "'two-hot', 'raw', 'one-hot'"),
         (dict(refine_in="reality"), "'model', 'simulator'"),
-        (dict(stage="first"), "'data', 'clone', 'rollouts', 'model', 'refine', 'all'"),
+        (dict(stage="first"), "'data', 'clone', 'rollouts', 'model', 'refine', 'evaluate', 'all'"),
         (dict(horizon=251), "at most 250"),
         (dict(rollout_episodes=10**6), "1e7 steps or fewer"),
         (dict(num_minibatches=200), "at most half the episodes"),
