@@ -1066,7 +1066,7 @@ def work(
 def train(args: Args, given: Collection[str] = (), signals: Sequence[int] = ()) -> dict:
     """Run the stages up to --stage; returns a dict.
 
-    Keys: run_dir; global_step, steps of the refinement; and after the final evaluation, also written to RUN_DIR/result.json:
+    Keys: run_dir; global_step, steps of the refinement; and after the evaluation, also written to RUN_DIR/result.json:
     episodic_returns, the list of successes (1 or 0) of the final deterministic evaluation in the simulator;
     final_return, their mean; clone_return, the clone's; real_steps, the decisions in the data or, with --refine-in
     simulator, in data and refinement; env_steps_per_second of the refinement; stage_seconds. Raises RunError for bad
