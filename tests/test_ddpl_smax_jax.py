@@ -1,10 +1,12 @@
 """ddpl_smax_jax.py: the same maths as in PyTorch, battles, the compiled program, its run folders."""
 
 import csv
+import importlib.util
 import inspect
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -1110,6 +1112,66 @@ def test_average_of_the_weights(policy):
     after, _ = smax.update(learner, batch, jnp.ones((N, B)), jnp.ones((N, B)), args, jax.random.PRNGKey(1))
     by_hand = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, learner.average_policy, after.policy)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after.average_policy, by_hand)
+
+
+def test_a_run_is_used_by_one_process_at_a_time(two_seeds):
+    with smax.locked(Path(two_seeds["run_dir"])):
+        assert "is in use by process" in error_of(smax, resume=two_seeds["run_dir"])
+
+
+def test_a_given_default_counts_as_asked_for(two_seeds):
+    default = Args().total_timesteps
+    message = error_of(smax, given=["total_timesteps"], resume=two_seeds["run_dir"])
+    assert f"ran with --total-timesteps 384, not {default}; drop --total-timesteps" in message
+
+
+def test_signals_end_the_command_in_order(two_seeds, monkeypatch, capsys):
+    """Training and playing."""
+
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise smax.Stopped("stopped at step 7")
+
+    monkeypatch.setattr(smax, "training_loop", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        smax.main(Args(**SMALL))
+    assert stopped.value.code == 143 and "stopped at step 7" in capsys.readouterr().err
+
+    def ctrl_c(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smax, "evaluator", ctrl_c)
+    with pytest.raises(SystemExit) as stopped:
+        smax.main(Args(evaluate=two_seeds["run_dir"]))
+    assert stopped.value.code == 130
+
+
+def test_nan_in_an_evaluation(two_seeds, monkeypatch):
+    nan = {name: np.full((2, 2), np.nan) for name in smax.BATTLE}
+    monkeypatch.setattr(smax, "compiled", lambda *_, **__: lambda *_: nan)
+    assert "a return is NaN or infinite in an evaluation" in error_of(smax, evaluate=two_seeds["run_dir"])
+
+
+def test_command_line_in_groups(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--num-envs", "3", "--seed=1", "--exp_name", "trial"])
+    args, given = smax.read_command_line()
+    assert args == Args(num_envs=3, exp_name="trial") and given == {"num_envs", "seed", "exp_name"}
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        smax.read_command_line()
+    text = capsys.readouterr().out
+    titles = [text.index(f"{group.__name__} options") for group in reversed(Args.__bases__)]
+    assert len(titles) > 2 and titles == sorted(titles)
+
+
+def test_a_renamed_copy_refuses_the_originals_checkpoints(two_seeds, tmp_path):
+    path = shutil.copy(smax.__file__, tmp_path / "my_fork.py")
+    spec = importlib.util.spec_from_file_location("my_fork", path)
+    copy = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "my_fork", copy)
+        spec.loader.exec_module(copy)
+    assert "belongs to ddpl_smax_jax.py, not to my_fork.py" in error_of(copy, resume=two_seeds["run_dir"])
 
 
 def test_checkpoints_of_another_script_or_version(two_seeds):

@@ -113,13 +113,18 @@ def smooth(learner):
     return learner
 
 
+@pytest.mark.parametrize(
+    "script",
+    [ddpl_mpe, *(pytest.param(script, marks=pytest.mark.slow) for script in (ddpl_mamujoco, ddpl_isaaclab))],
+    ids=lambda script: script.__name__,
+)
 @policies
-def test_a_compiled_update_equals_the_eager_one(policy):
-    batch = make_buffer(ddpl_mpe).sample(BATCH_SIZE)
+def test_a_compiled_update_equals_the_eager_one(script, policy):
+    batch = make_buffer(script).sample(BATCH_SIZE)
     results = []
     for compiling in (False, True):
-        learner = smooth(make_learner(ddpl_mpe, policy))
-        update = ddpl_mpe.compiled(ddpl_mpe.update, learner) if compiling else ddpl_mpe.update
+        learner = smooth(make_learner(script, policy))
+        update = script.compiled(script.update, learner) if compiling else script.update
         torch.manual_seed(2)
         metrics = [update(learner, batch) for _ in range(3)]
         results.append([*tensors_of(learner), *(value for row in metrics for value in row.values())])
@@ -162,13 +167,14 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA h
 @needs_cuda
 @policies
 @pytest.mark.parametrize("compiling", [False, True])
-def test_cuda_trains_and_its_checkpoint_goes_on_anywhere(policy, compiling):
+@pytest.mark.parametrize("script", [ddpl_mpe, ddpl_mamujoco], ids=lambda script: script.__name__)
+def test_cuda_trains_and_its_checkpoint_goes_on_anywhere(script, policy, compiling):
     options = SMALL | dict(policy=policy, device="cuda", compile=compiling)
-    result = ddpl_mpe.train(ddpl_mpe.Args(**options))
+    result = script.train(script.Args(**options))
     assert checkpoint_of(result)["device"] == "cuda"
     contents = torch.load(Path(result["run_dir"]) / "checkpoint.pt", weights_only=True)
     contents["progress"]["global_step"] = 400
     torch.save(contents, Path(result["run_dir"]) / "checkpoint.pt")
     for device in ("cuda", "cpu"):
-        again = ddpl_mpe.train(ddpl_mpe.Args(resume=result["run_dir"], device=device))
+        again = script.train(script.Args(resume=result["run_dir"], device=device))
         assert again["global_step"] == 600
