@@ -201,10 +201,10 @@ def table_rows(task: Path) -> list[str]:
 def ablation_rows(task: Path, defaults: Path) -> list[str]:
     """The rows of a page: deterministic scores of every arm at its end, and less those of the defaults at that step.
 
-    An arm is named <policy>-<what is changed>; the defaults are all seeds of that policy.
+    An arm is named <policy>-<what is changed>; the defaults are all seeds of that policy, maybe in the same folder.
     """
     rows = []
-    for arm in sorted({path.stem.rpartition("_")[0] for path in task.glob("*.csv")}):
+    for arm in sorted({path.stem.rpartition("_")[0] for path in task.glob("*-*_*.csv")}):
         steps, scores, *_ = load(task, arm, "deterministic")
         default_steps, default_scores, *_ = load(defaults, arm.partition("-")[0], "deterministic")
         changed = scores[:, -1]
@@ -303,8 +303,9 @@ def report() -> None:
             print("\n".join(table_rows(task)))
         print()
     print("| task | arm | steps | each seed | the defaults, each seed | difference |\n|---|---|---|---|---|---|")
-    for task in sorted(path for path in (RESULTS / "smax_ablations").glob("*") if path.is_dir()):
-        print("\n".join(ablation_rows(task, RESULTS / "smax" / task.name)))
+    for ablations, defaults in (("smax_ablations", "smax"), ("qvpo_parts", "qvpo_parts")):
+        for task in sorted(path for path in (RESULTS / ablations).glob("*") if path.is_dir()):
+            print("\n".join(ablation_rows(task, RESULTS / defaults / task.name)))
 
 
 if __name__ == "__main__":
