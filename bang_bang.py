@@ -493,11 +493,11 @@ def take_step(optimizer: Adam, loss: Tensor, max_grad_norm: float) -> None:
     optimizer.descend([gradient * scale for gradient in gradients])
 
 
-def compiled(function: Callable, learner: Learner) -> Callable:
+def compiled(function: Callable, learner: Learner, signals: Sequence[int] = ()) -> Callable:
     """An update of this learner through torch.compile: one graph, gradients and optimisers included.
 
     On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself. Raises RunError where the
-    compiler fails.
+    compiler fails; Stopped where `signals` are not empty then, since Ctrl-C reaches the compiler, too.
     """
     torch._dynamo.config.trace_autograd_ops = True
     on_cuda = next(learner.parameters()).is_cuda
@@ -511,7 +511,9 @@ def compiled(function: Callable, learner: Learner) -> Callable:
     def step_or_sentence(*arguments: Any) -> Any:
         try:
             return step(*arguments)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except torch._dynamo.exc.ShortenTraceback as error:
+            if signals:
+                raise Stopped("stopped while compiling; --resume goes on from the last checkpoint") from None
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"--compile: the compiler failed ({reason}); try --no-compile") from None
 
@@ -733,7 +735,7 @@ def training_loop(
 ) -> dict:
     """Act, store, learn and log, from where `progress` stands to the end."""
     device = learner.device
-    step = compiled(update_minibatch, learner) if args.compile else update_minibatch
+    step = compiled(update_minibatch, learner, signals) if args.compile else update_minibatch
     first_step = progress.global_step
     started = time.monotonic()
     last_checkpoint = first_step if first_step else -args.checkpoint_interval
@@ -1163,7 +1165,7 @@ def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
             config=run_arguments(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # a checkpoint is from after the points of its step
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # those of the checkpoint's own step stay
     table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
     writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
     return writer
@@ -1210,10 +1212,7 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
-
-    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
-    """
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1224,10 +1223,6 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
-    except RunError as error:
-        if not signals:
-            raise
-        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -763,11 +763,11 @@ def step_towards(average: nn.Module, network: nn.Module, share: float) -> None:
     torch._foreach_lerp_([*average.parameters()], [*network.parameters()], share)
 
 
-def compiled(function: Callable, learner: Learner) -> Callable:
+def compiled(function: Callable, learner: Learner, signals: Sequence[int] = ()) -> Callable:
     """An update of this learner through torch.compile: one graph, gradients and optimisers included.
 
     On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself. Raises RunError where the
-    compiler fails.
+    compiler fails; Stopped where `signals` are not empty then, since Ctrl-C reaches the compiler, too.
     """
     torch._dynamo.config.trace_autograd_ops = True
     on_cuda = next(learner.parameters()).is_cuda
@@ -781,7 +781,9 @@ def compiled(function: Callable, learner: Learner) -> Callable:
     def step_or_sentence(*arguments: Any) -> Any:
         try:
             return step(*arguments)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except torch._dynamo.exc.ShortenTraceback as error:
+            if signals:
+                raise Stopped("stopped while compiling; --resume goes on from the last checkpoint") from None
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"--compile: the compiler failed ({reason}); try --no-compile") from None
 
@@ -1034,8 +1036,9 @@ def evaluate(policy: nn.Module, env: StackedAgents, deterministic: bool, seed: i
         # Of the further episodes of environments that have ended early, none should count.
         successes = successes + torch.minimum(after.successes, (playing & after.ended).sum())
         playing = playing & ~after.ended
-    if not all(everyones(bool(finite))):
-        raise RunError("an observation is NaN or infinite in an evaluation")
+    with together():
+        if not finite:
+            raise RunError("an observation is NaN or infinite in an evaluation")
     success_rate = float(np.mean(everyones(float(successes) / len(obs))))
     return np.concatenate(everyones(returns.cpu().numpy())), success_rate
 
@@ -1104,7 +1107,7 @@ def training_loop(
 ) -> dict:
     """Act, store, learn and log, from where `progress` stands to the end."""
     device = buffer.device
-    update_step = compiled(update, learner) if args.compile else update
+    update_step = compiled(update, learner, signals) if args.compile else update
     step_size = args.num_envs * world_size()
     first_step = progress.global_step
     started = time.monotonic()
@@ -1232,6 +1235,10 @@ def training_loop(
             obs = None
 
     save()
+    with together():
+        if signals:
+            bar.close()
+            raise Stopped(f"stopped at step {progress.global_step}; go on with --resume {run_dir}")
     env_steps_per_second = (progress.global_step - first_step) / (time.monotonic() - started)
     episodic_returns, success_rate = log_evaluation()
     bar.close()
@@ -1591,7 +1598,7 @@ def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
             config=run_arguments(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # a checkpoint is from after the points of its step
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # those of the checkpoint's own step stay
     table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
     writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
     return writer
@@ -1646,10 +1653,7 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
-
-    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
-    """
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1660,10 +1664,6 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
-    except RunError as error:
-        if not signals:
-            raise
-        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

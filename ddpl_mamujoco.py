@@ -183,7 +183,7 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where learner and replay buffer live; auto is CUDA if there is one."""
     compile: bool = True
-    """Run the update through torch.compile: a minute at first, then 0.6 of the time on a CPU (needs a C++ compiler)."""
+    """Run the update through torch.compile: a minute at first, then 0.6 of its time on a CPU (needs a C++ compiler)."""
     num_threads: int = 1
     """Threads of PyTorch; networks this small gain little from more."""
     capture_video: bool = False
@@ -704,11 +704,11 @@ def step_towards(average: nn.Module, network: nn.Module, share: float) -> None:
     torch._foreach_lerp_([*average.parameters()], [*network.parameters()], share)
 
 
-def compiled(function: Callable, learner: Learner) -> Callable:
+def compiled(function: Callable, learner: Learner, signals: Sequence[int] = ()) -> Callable:
     """An update of this learner through torch.compile: one graph, gradients and optimisers included.
 
     On CUDA it is replayed as a CUDA graph. Random numbers stay those of the function itself. Raises RunError where the
-    compiler fails.
+    compiler fails; Stopped where `signals` are not empty then, since Ctrl-C reaches the compiler, too.
     """
     torch._dynamo.config.trace_autograd_ops = True
     on_cuda = next(learner.parameters()).is_cuda
@@ -722,7 +722,9 @@ def compiled(function: Callable, learner: Learner) -> Callable:
     def step_or_sentence(*arguments: Any) -> Any:
         try:
             return step(*arguments)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except torch._dynamo.exc.ShortenTraceback as error:
+            if signals:
+                raise Stopped("stopped while compiling; --resume goes on from the last checkpoint") from None
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"--compile: the compiler failed ({reason}); try --no-compile") from None
 
@@ -1061,7 +1063,7 @@ def training_loop(
 ) -> dict:
     """Act, store, learn and log, from where `progress` stands to the end."""
     device = buffer.device
-    update_step = compiled(update, learner) if args.compile else update
+    update_step = compiled(update, learner, signals) if args.compile else update
     first_step = progress.global_step
     started = time.monotonic()
     last_checkpoint = first_step if first_step else -args.checkpoint_interval
@@ -1553,7 +1555,7 @@ def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
             config=run_arguments(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # a checkpoint is from after the points of its step
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # those of the checkpoint's own step stay
     table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
     writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
     return writer
@@ -1609,10 +1611,7 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
-
-    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
-    """
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1623,10 +1622,6 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
-    except RunError as error:
-        if not signals:
-            raise
-        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1622,7 +1622,7 @@ def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
             config=run_arguments(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # a checkpoint is from after the points of its step
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # those of the checkpoint's own step stay
     table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
     writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
     return writer
@@ -1668,10 +1668,7 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
-
-    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
-    """
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1682,10 +1679,6 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
-    except RunError as error:
-        if not signals:
-            raise
-        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

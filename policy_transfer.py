@@ -116,7 +116,7 @@ def check_problem(problem: LQR) -> None:
     for name, above in (("temperature", problem.temperature > 0), ("discount", problem.discount >= 0)):
         if not above or not math.isfinite(getattr(problem, name)):
             low = "above 0" if name == "temperature" else "from 0 on"
-            raise RunError(f"{name}: {getattr(problem, name)!r} is not valid; it must be a number {low}")
+            raise RunError(f"{name}: {getattr(problem, name):g} is not valid; it must be a number {low}")
 
 
 def hamiltonian(problem: LQR, P: Array) -> tuple[Array, Array]:
@@ -215,6 +215,8 @@ def evaluate(problem: LQR, K: Array) -> Array:
 
 def cost(problem: LQR, K: Array, spread: Array) -> float:
     """J of the policy N(-Kx, spread [m, m]); raises RunError where it is infinite."""
+    if not problem.discount > 0:
+        raise RunError(f"discount: {problem.discount:g} is not valid; it must be above 0, or costs are infinite")
     P = evaluate(problem, K)
     entropy = (len(K) * math.log(2 * math.pi * math.e) + np.linalg.slogdet(spread)[1]) / 2
     noise = np.trace(problem.S.T @ P @ problem.S) + np.trace(hamiltonian(problem, P)[0] @ spread)

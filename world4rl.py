@@ -179,7 +179,7 @@ class Run:
     wandb_entity: str | None = None
     """Team on Weights & Biases."""
     resume: str | None = None
-    """Run folder to go on with, from its checkpoint and with its arguments."""
+    """Run folder to go on with, from its checkpoint and with its arguments but --stage."""
     evaluate: str | None = None
     """Run folder whose policy to load, play and print returns of, without training."""
 
@@ -868,7 +868,7 @@ def evaluate(
     episodes: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Successes, 1 or 0, of real episodes [episodes], and of imagined ones [256 or a little more] from the same starts.
+    """Successes, 1 or 0, of real episodes [episodes], and of imagined ones from the same starts [256 or the next multiple].
 
     Imagined success is one NaN where there is no model. Leaves no trace in training's random numbers and the learner.
     """
@@ -1139,6 +1139,7 @@ def training_loop(
             begin(stage, learner, data)
             if stage == "refine" and not progress.rows:
                 log_evaluation(args.final_eval_episodes)  # of the clone
+                save()
         stage_started = time.monotonic() - progress.stage_seconds.get(stage, 0)
         rounds = 0
         while progress.unit < total:
@@ -1175,12 +1176,12 @@ def training_loop(
         progress.unit = 0
 
     save()
-    if signals:
-        raise Stopped(f"stopped before the last evaluation; go on with --resume {run_dir}")
     result = {"run_dir": str(run_dir), "global_step": progress.global_step}
     if not evaluated:
         writer.close()
         return result
+    if signals:
+        raise Stopped(f"stopped before the evaluation; go on with --resume {run_dir}")
     episodic_returns = log_evaluation(args.final_eval_episodes)
     writer.close()
     result |= {
@@ -1489,7 +1490,7 @@ def start_logging(args: Args, run_dir: Path, global_step: int) -> SummaryWriter:
             config=run_arguments(args),
             sync_tensorboard=True,
         )
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # a checkpoint is from after the points of its step
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # those of the checkpoint's own step stay
     table = [f"|{name}|{value}|" for name, value in run_arguments(args).items()]
     writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *table]), global_step)
     return writer
@@ -1509,7 +1510,7 @@ def play(args: Args, given: Collection[str] = ()) -> None:
     learner = Learner(args, task, choose_device(args))
     with damage_reported("--evaluate", run_dir / "checkpoint.pt"):
         if read_progress(checkpoint["progress"]).stage < STAGES.index("refine"):
-            raise RunError(f"--evaluate: {run_dir} has no policy to refine yet; go on with --resume")
+            raise RunError(f"--evaluate: {run_dir} has not learned what it refines in; go on with --resume")
         copy_into(dict(learner.state_dict()), dict(checkpoint["learner"]))
     for name, policy in (("clone", learner.clone), ("policy", learner.policy)):
         for mode in ("stochastic", "deterministic"):
@@ -1536,10 +1537,7 @@ def read_command_line() -> tuple[Args, set[str]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once.
-
-    A failure after one counts as the stop that was asked for: Ctrl-C reaches a compiler that the run has started, too.
-    """
+    """A list to which SIGINT and SIGTERM are added, so that a run can end in order; a second one ends it at once."""
     signals = []
 
     def note(number: int, frame: Any) -> None:
@@ -1550,10 +1548,6 @@ def noted_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
-    except RunError as error:
-        if not signals:
-            raise
-        raise Stopped(f"stopped before the next checkpoint ({error}); go on with --resume and its folder") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

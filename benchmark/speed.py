@@ -115,7 +115,8 @@ def measure_compiled() -> None:
         print(f"ddpl_mpe.py, one update, {device:19s}ms    " + "  ".join(f"{n}: {v:.1f}" for n, v in ms.items()))
         for policy, compiling in seconds.items():
             share = ms[f"{policy} compiled"] / ms[policy]
-            pays = 1e3 * compiling / (ms[policy] - ms[f"{policy} compiled"])
+            saved = ms[policy] - ms[f"{policy} compiled"]
+            pays = 1e3 * compiling / saved if saved > 0 else float("inf")
             print(f"  {policy}, compiled / eager  {share:.2f}; {compiling:.0f} s to compile, {pays:.0f} updates")
         ratio = ms["diffusion compiled"] / ms["gaussian"]
         print(f"  diffusion compiled / gaussian eager       {ratio:.2f}")

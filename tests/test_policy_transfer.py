@@ -556,7 +556,7 @@ def test_shapes_and_signs_are_checked():
         ("Q", np.diag([1.0, 1.0, -3.0]), r"Q: it must be symmetric and nonnegative definite.*-3"),
         ("Q", np.array([[1.0, 1, 0], [0, 1, 0], [0, 0, 1]]), r"Q: it must be symmetric"),
         ("A", np.diag([1.0, math.nan, 1.0]), "A: it must be finite"),
-        ("temperature", 0.0, "temperature: 0.0 is not valid; it must be a number above 0"),
+        ("temperature", 0.0, "temperature: 0 is not valid; it must be a number above 0"),
         ("temperature", math.inf, "temperature: inf is not valid"),
         ("discount", -0.1, "discount: -0.1 is not valid; it must be a number from 0 on"),
     ):
@@ -593,11 +593,16 @@ def test_a_start_that_does_not_stabilise_names_the_eigenvalue():
 
 
 def test_gradient_steps_stay_where_costs_are_finite():
-    """Far from the optimum, where a step as it stands would not: without its halving this start is lost."""
-    for seed in range(40):
-        problem, P = system(seed=seed, n=4)
-        K = script.random_start(problem, best_policy(problem, P)[0], np.random.default_rng(seed))
-        assert script.stabilises(problem, script.gradient_step(problem, K, evaluate(problem, K))), seed
+    """The step of a start near the edge of what stabilises would leave it, and is halved."""
+    problem, P = system(seed=39, n=4)
+    K = script.random_start(problem, best_policy(problem, P)[0], np.random.default_rng(39))
+    P = evaluate(problem, K)
+    gradient, M = script.cost_gradient(problem, K, best_policy(problem, P)[1], P)
+    whole = gradient / (4 * norm(script.hamiltonian(problem, P)[0], 2) * norm(M, 2))
+    assert not script.stabilises(problem, K - whole)
+    halved = K - script.gradient_step(problem, K, P)
+    assert script.stabilises(problem, K - halved)
+    assert math.log2(norm(whole) / norm(halved)) == pytest.approx(round(math.log2(norm(whole) / norm(halved))))
 
 
 @pytest.mark.parametrize(

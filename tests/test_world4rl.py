@@ -282,7 +282,9 @@ def test_stage_by_stage_loses_nothing(small, capsys):
     """Of the policy, the evaluations or the curves; --resume alone goes on to the end."""
     world4rl.main(Args(**SMALL, stage="clone"))
     (run_dir,) = Path("runs").iterdir()
-    with pytest.raises(SystemExit, match=f"--evaluate: {run_dir} has no policy to refine yet; go on with --resume"):
+    with pytest.raises(
+        SystemExit, match=f"--evaluate: {run_dir} has not learned what it refines in; go on with --resume"
+    ):
         world4rl.main(Args(evaluate=str(run_dir)))
     world4rl.main(Args(resume=str(run_dir), stage="model"), ["stage"])
     world4rl.main(Args(resume=str(run_dir)))
