@@ -868,7 +868,7 @@ def evaluate(
     episodes: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Successes, 1 or 0, of real episodes [episodes], and of imagined ones from the same starts [256 or the next multiple].
+    """Successes, 1 or 0, of real episodes [episodes], and of imagined ones from the same starts [at least 256].
 
     Imagined success is one NaN where there is no model. Leaves no trace in training's random numbers and the learner.
     """

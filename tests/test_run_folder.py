@@ -880,7 +880,7 @@ def test_compiling_without_a_compiler(script):
 
 @module_scripts
 def test_playing_compiles_nothing(script, monkeypatch, capsys):
-    monkeypatch.setattr(script, "compiled", lambda function, learner: function)
+    monkeypatch.setattr(script, "compiled", lambda function, *_: function)
     run_dir = script.train(script.Args(**SCRIPTS[script] | dict(compile=True)))["run_dir"]
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         script.main(script.Args(evaluate=run_dir))
