@@ -113,10 +113,8 @@ def check_problem(problem: LQR) -> None:
         least = np.linalg.eigvalsh(matrix + matrix.T)[0] / 2
         if not np.allclose(matrix, matrix.T) or not least >= low:
             raise RunError(f"{name}: it must be symmetric and {kind} definite; its least eigenvalue is {least:.3g}")
-    for name, above in (("temperature", problem.temperature > 0), ("discount", problem.discount >= 0)):
-        if not above or not math.isfinite(getattr(problem, name)):
-            low = "above 0" if name == "temperature" else "from 0 on"
-            raise RunError(f"{name}: {getattr(problem, name):g} is not valid; it must be a number {low}")
+    if not 0 < problem.temperature < math.inf or not 0 <= problem.discount < math.inf:
+        raise RunError("temperature, discount: they must be finite, above 0 and from 0 on")
 
 
 def hamiltonian(problem: LQR, P: Array) -> tuple[Array, Array]:
@@ -206,11 +204,10 @@ def stabilises(problem: LQR, K: Array) -> bool:
 
 def evaluate(problem: LQR, K: Array) -> Array:
     """P [n, n] of the value x'Px + c of a Gaussian policy with mean -Kx; raises RunError where its cost is infinite."""
-    operator = lyapunov_operator(problem, K)
     if not stabilises(problem, K):
-        value = np.linalg.eigvals(operator).real.max()
+        value = np.linalg.eigvals(lyapunov_operator(problem, K)).real.max()
         raise RunError(f"K: does not stabilise: the eigenvalue {value:.3g} of the second moment must be below 0")
-    return lyapunov(operator, problem.Q + K.T @ problem.R @ K)[0]
+    return lyapunov(lyapunov_operator(problem, K), problem.Q + K.T @ problem.R @ K)[0]
 
 
 def cost(problem: LQR, K: Array, spread: Array) -> float:
@@ -501,8 +498,7 @@ def mixture_quantiles(count: int, centre: float, chance: float) -> Array:
 
 def gaussian_distance(cov: Array, other: Array) -> float:
     """W2 of two centred Gaussians (Bures): the last term is the trace of sqrt(sqrt(cov) other sqrt(cov))."""
-    overlap = norm(cholesky(cov).T @ cholesky(other), "nuc")
-    return math.sqrt(max(np.trace(cov + other) - 2 * overlap, 0))
+    return math.sqrt(max(np.trace(cov + other) - 2 * norm(cholesky(cov).T @ cholesky(other), "nuc"), 0))
 
 
 # ------------------------------------------------------------------------------------------------------ experiments
@@ -610,8 +606,8 @@ def measure_transfer(args: Args) -> list[dict]:
     for eps, column in zip(EPS, stable.T):
         wins, tries = int(np.nansum(column)), int(np.isfinite(column).sum())
         low, high = binomtest(wins, tries).proportion_ci(method="wilson") if tries else (math.nan, math.nan)
-        name = "transfer: source stabilises the target"
-        rows.append(dict(zip(COLUMNS, (name, eps, wins / max(tries, 1), low, high, tries))))
+        values = "transfer: source stabilises the target", eps, wins / max(tries, 1), low, high, tries
+        rows.append(dict(zip(COLUMNS, values)))
     for j, k in np.ndindex(2, 2):
         name = f"{('IPO', 'natural gradient')[j]}: steps from {('source', 'random start')[k]}"
         rows += curve(name, EPS, counts[j, k])
@@ -627,8 +623,8 @@ def measure_pendulum(args: Args) -> list[dict]:
         limit = 2 * values[2] - values[1]  # Richardson's, since the error of an upwind scheme is linear in the cells
         rows += curve(f"{name}: mean value", [*sizes, math.inf], [[*values.mean((1, 2)), limit.mean()]])
         changes = np.abs(np.diff(values, axis=0))
-        rows += curve(f"{name}: mean change of the value", sizes[1:], [changes.mean((1, 2))], math.inf)
-        rows += curve(f"{name}: largest change of the value", sizes[1:], [changes.max((1, 2))], math.inf)
+        for which, change in (("mean", changes.mean((1, 2))), ("largest", changes.max((1, 2)))):
+            rows += curve(f"{name}: {which} change of the value", sizes[1:], [change], math.inf)
         source = pendulum(sizes[1], 1.0, args, inertia)
         policy = grid_policy(source, grid_iteration(source)[-1])
         for start, kind in ((policy, "source"), (None, "uniform")):
@@ -667,9 +663,8 @@ def measure_diffusion(args: Args) -> list[dict]:
     mixtures = [(1.0, 0.5), *((1 + eps, 0.5) for eps in near), *((1.0, 0.5 + eps) for eps in near)]
     scores = [lambda x, t, mixture=mixture: mixture_score(x, t, *mixture) for mixture in mixtures]
     quantiles = [mixture_quantiles(100_000, *mixture) for mixture in mixtures]
-    drawn = []
-    for repeat in range(args.num_repeats):
-        drawn.append([np.sort(generate(score, (5_000,), default_rng([args.seed, 8, repeat]))) for score in scores])
+    noises = [[args.seed, 8, repeat] for repeat in range(args.num_repeats)]  # the same for all laws
+    drawn = [[np.sort(generate(score, (5_000,), default_rng(noise))) for score in scores] for noise in noises]
     for kind, laws in (("data", [quantiles]), ("generated", drawn)):
         distances = [[math.sqrt(np.mean((first - other) ** 2)) for other in others] for first, *others in laws]
         of_centre, of_chance = np.split(np.array(distances), 2, axis=1)
@@ -700,15 +695,8 @@ train = run  # as the other scripts call it
 # ------------------------------------------------------------------------------------------------- files of a run
 
 
-LIMITS = {
-    "noise": (0.0, 100.0),
-    "discount": (0.001, 100.0),
-    "temperature": (0.01, 100.0),
-    "num_pairs": (2, 10_000),
-    "num_repeats": (2, 10_000),
-    "grid_size": (4, 64),
-    "seed": (0, 2**32 - 1),
-}
+LIMITS = {"noise": (0.0, 100.0), "discount": (0.001, 100.0), "temperature": (0.01, 100.0)}
+LIMITS |= {"num_pairs": (2, 10_000), "num_repeats": (2, 10_000), "grid_size": (4, 64), "seed": (0, 2**32 - 1)}
 
 
 def check_args(args: Args) -> None:

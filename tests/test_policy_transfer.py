@@ -556,9 +556,9 @@ def test_shapes_and_signs_are_checked():
         ("Q", np.diag([1.0, 1.0, -3.0]), r"Q: it must be symmetric and nonnegative definite.*-3"),
         ("Q", np.array([[1.0, 1, 0], [0, 1, 0], [0, 0, 1]]), r"Q: it must be symmetric"),
         ("A", np.diag([1.0, math.nan, 1.0]), "A: it must be finite"),
-        ("temperature", 0.0, "temperature: 0 is not valid; it must be a number above 0"),
-        ("temperature", math.inf, "temperature: inf is not valid"),
-        ("discount", -0.1, "discount: -0.1 is not valid; it must be a number from 0 on"),
+        ("temperature", 0.0, "temperature, discount: they must be finite, above 0 and from 0 on"),
+        ("temperature", math.inf, "temperature, discount: they must be finite"),
+        ("discount", -0.1, "temperature, discount: they must be finite"),
     ):
         with pytest.raises(RunError, match=words):
             riccati(problem._replace(**{name: value}))
