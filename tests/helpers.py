@@ -46,10 +46,13 @@ def evaluations(run_dir):
 
 
 def scalars(run_dir):
-    """The points of TensorBoard's curves, without those of speed, which no run repeats."""
+    """The points of TensorBoard's curves, without those of speed, which no run repeats.
+
+    A finished run that is resumed evaluates again, and writes the same points twice.
+    """
     events = EventAccumulator(str(run_dir)).Reload()
     tags = set(events.Tags()["scalars"]) - {"steps_per_second"}
-    return {tag: [(event.step, str(event.value)) for event in events.Scalars(tag)] for tag in tags}
+    return {tag: sorted({(event.step, str(event.value)) for event in events.Scalars(tag)}) for tag in tags}
 
 
 def global_step(checkpoint):
