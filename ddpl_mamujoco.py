@@ -725,7 +725,7 @@ def compiled(function: Callable, learner: Learner, signals: Sequence[int] = ()) 
         except torch._dynamo.exc.ShortenTraceback as error:
             if signals:
                 raise Stopped("stopped while compiling; --resume goes on from the last checkpoint") from None
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split("\n")[:2]).strip()
             raise RunError(f"--compile: the compiler failed ({reason}); try --no-compile") from None
 
     return step_or_sentence
@@ -981,7 +981,7 @@ def evaluate(
                 if video and not waves and 0 in playing:
                     film.append(envs[0].render()[::2, ::2])
                 if not np.isfinite(obs[playing]).all():
-                    raise RunError(f"an observation of {args.scenario} is NaN or infinite in an evaluation")
+                    raise RunError("an observation is NaN or infinite in an evaluation")
                 actions = policy.sample(torch.from_numpy(obs[playing]).to(device).transpose(0, 1), deterministic)
                 for i, action in zip(playing, actions.transpose(0, 1).cpu().numpy()):
                     observations, reward, terminated, truncated, _ = envs[i].step(action)

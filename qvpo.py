@@ -564,7 +564,7 @@ def compiled(function: Callable, learner: Learner, signals: Sequence[int] = ()) 
         except torch._dynamo.exc.ShortenTraceback as error:
             if signals:
                 raise Stopped("stopped while compiling; --resume goes on from the last checkpoint") from None
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split("\n")[:2]).strip()
             raise RunError(f"--compile: the compiler failed ({reason}); try --no-compile") from None
 
     return step_or_sentence
