@@ -152,9 +152,8 @@ OWN = {
     ddpl_isaaclab: "FAILURES StackedAgents Step anneal_learning_rates average_gradients everyones gathered make_config "
     "process_seed rank together world_size",
 }
-ON_THE_HOST = (
-    "forked_random_numbers random_state set_random_state to_device".split()
-)  # where Isaac Lab is on the device
+# What Isaac Lab, all of it on the device, does without.
+ON_THE_HOST = "forked_random_numbers random_state set_random_state to_device".split()
 PURE = {"noise_schedule", "denoise_step", "propose_actions", "issm_weights", "issm_target"}
 
 
