@@ -3,11 +3,14 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -48,9 +51,14 @@ def evaluations(run_dir):
 def scalars(run_dir):
     """The points of TensorBoard's curves, without those of speed, which no run repeats.
 
-    A finished run that is resumed evaluates again, and writes the same points twice.
+    A finished run that is resumed evaluates again, and writes the same points twice. TensorBoard reads the files of one
+    second by their names, the tenth of a process before its ninth, so here they are numbered.
     """
-    events = EventAccumulator(str(run_dir)).Reload()
+    files = sorted(Path(run_dir).glob("*tfevents*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+    with TemporaryDirectory() as folder:
+        for number, path in enumerate(files):
+            shutil.copy(path, f"{folder}/{number:03}.tfevents")
+        events = EventAccumulator(folder).Reload()
     tags = set(events.Tags()["scalars"]) - {"steps_per_second"}
     return {tag: sorted({(event.step, str(event.value)) for event in events.Scalars(tag)}) for tag in tags}
 
