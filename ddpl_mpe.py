@@ -167,6 +167,8 @@ class Run:
     """Episodes of each evaluation, once with sampled and once with deterministic actions."""
     final_eval_episodes: int = 200
     """Episodes of the last evaluation, the one reported."""
+    first_guess: bool = False
+    """Play without noise by the denoiser's first guess, almost the mean action, instead of by the noiseless chain."""
     log_interval: int = 1_000
     """Environment steps between TensorBoard points."""
     checkpoint_interval: int = 20_000
@@ -349,8 +351,11 @@ class StackedLinear(nn.Module):
 class DiffusionPolicy(nn.Module):
     """Denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent or one for all."""
 
-    def __init__(self, stack: int, obs_size: int, action_size: int, hidden: int, num_steps: int, mask: Tensor):
+    def __init__(
+        self, stack: int, obs_size: int, action_size: int, hidden: int, num_steps: int, mask: Tensor, first_guess: bool
+    ):
         super().__init__()
+        self.first_guess = first_guess
         self.observation = StackedLinear(stack, obs_size, hidden)
         self.time = nn.Parameter(0.3 * torch.randn(stack, num_steps + 1, hidden))
         self.noisy_action = stacked_weight(stack, action_size, hidden)
@@ -369,12 +374,16 @@ class DiffusionPolicy(nn.Module):
     def sample(self, obs: Tensor, deterministic: bool = False) -> Tensor:
         """Actions [N, B, D] in [-1, 1] for observations [N, B, O], by ancestral sampling.
 
-        Deterministic: from x_T = 0 and without noise.
+        Deterministic: from x_T = 0 and without noise. With first_guess it ends after one evaluation, at E[a | x_T = 0],
+        which is almost the mean action, since x_T tells next to nothing.
         """
         shape = (*obs.shape[:2], self.mask.shape[-1])
         draw = torch.zeros if deterministic else torch.randn
         features = self.observation(obs)  # the same at every step, so computed once
         x_t = draw(shape, device=obs.device) * self.mask
+        if deterministic and self.first_guess:
+            v = self(features + self.time[:, -1, None], x_t)
+            return (-(1 - self.alphas_bar[-1]).sqrt() * v).clamp(-1, 1)
         for t in range(len(self.alphas_bar) - 1, 0, -1):
             v = self(features + self.time[:, t, None], x_t)
             mean, std = denoise_step(x_t, v, t, self.alphas_bar)
@@ -423,7 +432,8 @@ def make_policy(
     """The policies of N agents, a stack of N or 1 for all, of the arguments' class and size; mask is [N, D]."""
     if args.policy == "gaussian":
         return GaussianPolicy(stack, obs_size, action_size, args.actor_hidden, mask)
-    return DiffusionPolicy(stack, obs_size, action_size, args.actor_hidden, args.denoising_steps, mask)
+    sizes = stack, obs_size, action_size, args.actor_hidden, args.denoising_steps
+    return DiffusionPolicy(*sizes, mask, args.first_guess)
 
 
 class CriticEnsemble(nn.Module):
@@ -1499,7 +1509,7 @@ def check_sizes(path: Path, policy: DiffusionPolicy | GaussianPolicy, mask: Tens
 
 def play(args: Args, given: Collection[str] = ()) -> None:
     """--evaluate: play the policy of a run or of a team's file, and print its returns."""
-    path, args, policy = team_to_play(args, given, free=("seed", "final_eval_episodes"))
+    path, args, policy = team_to_play(args, given, free=("seed", "final_eval_episodes", "first_guess"))
     torch.set_num_threads(args.num_threads)
     env = VectorMPE(args.env_id, args.num_agents, 1)
     check_sizes(path, policy, env.action_mask(), env.obs_size)

@@ -30,12 +30,10 @@ def samples(policy: nn.Module, obs: Tensor, count: int) -> Tensor:
     return policy.sample(obs.repeat(1, count, 1)).unflatten(1, (count, -1))
 
 
-def first_guess(policy: nn.Module, obs: Tensor) -> Tensor:
-    """E[a | x_T = 0], what the denoiser says where it sees nothing but noise: almost the mean action."""
-    last = len(policy.alphas_bar) - 1
-    x_t = torch.zeros(*obs.shape[:2], policy.mask.shape[-1])
-    v = policy(policy.observation(obs) + policy.time[:, last, None], x_t)
-    return (-(1 - policy.alphas_bar[last]).sqrt() * v).clamp(-1, 1) * policy.mask
+def without_noise(policy: nn.Module, obs: Tensor, first_guess: bool) -> Tensor:
+    """Actions [N, B, D] of the scripts' own two ways."""
+    policy.first_guess = first_guess
+    return policy.sample(obs, deterministic=True)
 
 
 def probability_flow(policy: nn.Module, obs: Tensor) -> Tensor:
@@ -60,9 +58,9 @@ def medoid(policy: nn.Module, obs: Tensor) -> Tensor:
 
 WAYS = {
     "sampled": lambda policy, obs: policy.sample(obs),
-    "x_T = 0, no noise": lambda policy, obs: policy.sample(obs, deterministic=True),
+    "x_T = 0, no noise": lambda policy, obs: without_noise(policy, obs, first_guess=False),
     "probability flow": probability_flow,
-    "first guess": first_guess,
+    "first guess": lambda policy, obs: without_noise(policy, obs, first_guess=True),
     "mean of 32": lambda policy, obs: samples(policy, obs, 32).mean(1),
     "medoid of 32": medoid,
 }

@@ -97,7 +97,7 @@ def test_the_first_guess_of_an_exact_denoiser_is_the_mean():
         return (signal * x_t - denoised) / noise
 
     policy.forward = velocity
-    guess = deterministic_play.first_guess(policy, torch.randn(3, 5, policy.observation.weight.shape[1]))
+    guess = deterministic_play.WAYS["first guess"](policy, torch.randn(3, 5, policy.observation.weight.shape[1]))
     torch.testing.assert_close(guess, torch.full((3, 5, 2), 0.3), atol=0.001, rtol=0)
 
 

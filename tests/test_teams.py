@@ -146,6 +146,25 @@ def test_files_of_others(script, tmp_path):
     assert f"belongs to theirs.py, not to {script.__name__}.py" in error_of(script, evaluate=str(path))
 
 
+@every_script
+def test_the_first_guess_is_what_the_denoiser_says_where_it_sees_noise_alone(script, tmp_path):
+    """It is E[a | x_T = 0] = -sqrt(1 - alpha_bar) v; the command line may choose, whatever the team was trained with."""
+    team(script, tmp_path, first_guess=False)
+    actions = []
+    for ours in (script.Args(), script.Args(first_guess=True), script.Args(first_guess=False)):
+        given = {"first_guess"} if actions else ()
+        args, policy = script.read_team("--evaluate", tmp_path / "team.safetensors", ours, given, ("first_guess",))
+        assert args.first_guess == (len(actions) == 1)
+        actions.append(policy.sample(OBS, deterministic=True))
+    with torch.no_grad():
+        v = policy(policy.observation(OBS) + policy.time[:, -1, None], torch.zeros(2, 5, 3))
+    guess = (-(1 - policy.alphas_bar[-1]).sqrt() * v).clamp(-1, 1)
+    assert torch.equal(actions[1], guess)
+    assert torch.equal(actions[0], actions[2]) and not torch.allclose(actions[0], guess, atol=0.01)
+    sampled = policy.sample(OBS.repeat(1, 1000, 1)).unflatten(1, (1000, 5))
+    assert not torch.allclose(sampled[:, 0], sampled[:, 1])  # with noise it goes all the way
+
+
 def test_arguments_that_have_come_since_take_their_defaults(tmp_path):
     team(ddpl_mpe, tmp_path, tau=0.5, gamma=0.5)
     path = tmp_path / "team.safetensors"
