@@ -661,6 +661,8 @@ def evaluate(
                     if terminated or truncated:
                         playing = [j for j in playing if j != i]
             for r, c, a in zip(rewards, costs, map(np.array, played)):
+                if not np.isfinite(r).all():
+                    raise RunError(f"a reward of {args.env_id} is NaN or infinite in an evaluation")
                 saturated = saturation(torch.from_numpy(a)).item()
                 switching_rate = (a[1:] * a[:-1] < 0).mean() if len(a) > 1 else 0.0
                 results.append((sum(r), sum(r) + sum(c), saturated, switching_rate))

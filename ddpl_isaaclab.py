@@ -209,7 +209,7 @@ class Stopped(KeyboardInterrupt):
     """A run that SIGINT or SIGTERM has ended in order."""
 
 
-FAILURES = RunError, Stopped, OSError, MemoryError, torch.OutOfMemoryError  # those told in one sentence
+FAILURES = RunError, Stopped, OSError, MemoryError, RuntimeError  # what main tells; the last is PyTorch out of memory
 
 
 # --------------------------------------------------------------------------------- diffusion and ISSM: pure functions
@@ -1047,8 +1047,9 @@ def evaluate(policy: nn.Module, env: StackedAgents, deterministic: bool, seed: i
         successes = successes + torch.minimum(after.successes, (playing & after.ended).sum())
         playing = playing & ~after.ended
     with together():
-        if not finite:
-            raise RunError("an observation is NaN or infinite in an evaluation")
+        for name, fine in (("an observation", finite), ("a return", returns.isfinite().all())):
+            if not fine:
+                raise RunError(f"{name} is NaN or infinite in an evaluation")
     success_rate = float(np.mean(everyones(float(successes) / len(obs))))
     return np.concatenate(everyones(returns.cpu().numpy())), success_rate
 

@@ -999,6 +999,8 @@ def evaluate(
                     returns[i] += reward
                     if terminated or truncated:
                         playing = [j for j in playing if j != i]
+            if not np.isfinite(returns).all():
+                raise RunError("a return is NaN or infinite in an evaluation")
             waves.append(returns)
     if video:
         import imageio

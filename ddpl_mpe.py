@@ -941,6 +941,8 @@ def evaluate(
                 if video and not waves:
                     for film, copy in zip(films, env.envs):
                         film.append(copy.render()[::2, ::2])
+            if not np.isfinite(returns).all():
+                raise RunError(f"a return of {args.env_id} is NaN or infinite in an evaluation")
             waves.append(returns)
     if video:
         import imageio

@@ -711,6 +711,8 @@ def evaluate(
                     returns[i] += reward
                     if terminated or truncated:
                         playing = [j for j in playing if j != i]
+            if not np.isfinite(returns).all():
+                raise RunError(f"a return of {args.env_id} is NaN or infinite in an evaluation")
             waves.append(returns)
     for env in envs:
         env.close()  # else DM Control's renderer fails at the interpreter's exit

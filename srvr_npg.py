@@ -653,6 +653,8 @@ class GymTask:
                         total[i] += reward
                         if terminated or truncated:
                             playing = [j for j in playing if j != i]
+                if not np.isfinite(total).all():
+                    raise RunError(f"a return of {self.args.env_id} is NaN or infinite in an evaluation")
                 returns.extend(total)
         for env in envs:
             env.close()

@@ -686,12 +686,15 @@ def test_nan_of_a_task_stops_the_run_and_loses_nothing(script, what, at, monkeyp
 
 @pytest.mark.filterwarnings("ignore:.*WARN")
 @every_script
-def test_nan_in_an_evaluation(script, finished, monkeypatch):
-    """A policy cannot choose by it."""
-    poison(script, monkeypatch, "an observation", 0)
+@pytest.mark.parametrize("what", ["an observation", "the reward"])
+def test_nan_in_an_evaluation(script, what, finished, monkeypatch):
+    """A policy cannot choose by an observation; a reward would become the result."""
+    first_step = 8 if script is ddpl_mpe else 1
+    poison(script, monkeypatch, what, 0 if what == "an observation" else first_step)
     message = error_of(script, evaluate=str(finished))
-    task = {ddpl_mpe: " of simple_spread_v3", ddpl_mamujoco: "", ddpl_isaaclab: ""}
-    assert f"an observation{task.get(script, ' of Pendulum-v1')} is NaN or infinite in an evaluation" in message
+    task = {ddpl_mpe: " of simple_spread_v3", ddpl_mamujoco: "", ddpl_isaaclab: ""}.get(script, " of Pendulum-v1")
+    told = what if what == "an observation" else "a reward" if script is bang_bang else "a return"
+    assert f"{told}{task} is NaN or infinite in an evaluation" in message
 
 
 @module_scripts

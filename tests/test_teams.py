@@ -148,7 +148,7 @@ def test_files_of_others(script, tmp_path):
 
 @every_script
 def test_the_first_guess_is_what_the_denoiser_says_where_it_sees_noise_alone(script, tmp_path):
-    """It is E[a | x_T = 0] = -sqrt(1 - alpha_bar) v; the command line may choose, whatever the team was trained with."""
+    """It is E[a | x_T = 0] = -sqrt(1 - alpha_bar) v; the command line may choose, whatever the team has."""
     team(script, tmp_path, first_guess=False)
     actions = []
     for ours in (script.Args(), script.Args(first_guess=True), script.Args(first_guess=False)):
