@@ -843,7 +843,7 @@ def training_loop(
 
     save()
     stop_if_asked()
-    env_steps_per_second = (progress.global_step - first_step) / (time.monotonic() - started)
+    env_steps_per_second = progress.global_step / seconds()
     video = run_dir / "final.gif" if args.capture_video else None
     episodic_returns = log_evaluation(args.final_eval_episodes, video)
     bar.close()

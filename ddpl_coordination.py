@@ -620,7 +620,7 @@ def check_types(args: Args, smallest: dict[str, int]) -> None:
 
 def check_args(args: Args) -> None:
     """Raise RunError for the first argument that makes no sense."""
-    check_types(args, {"seed": 0, "num_uniform": 0})
+    check_types(args, {"seed": 0, "num_uniform": 0, "denoising_steps": 2})
     different = 0 < len(set(args.num_agents)) == len(args.num_agents)
     teams = different and all(1 <= n <= 8 for n in args.num_agents)
     require(args, "num_agents", teams, "one or more whole numbers from 1 to 8, each named once")

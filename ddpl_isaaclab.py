@@ -1250,7 +1250,7 @@ def training_loop(
         if signals:
             bar.close()
             raise Stopped(f"stopped at step {progress.global_step}; go on with --resume {run_dir}")
-    env_steps_per_second = (progress.global_step - first_step) / (time.monotonic() - started)
+    env_steps_per_second = progress.global_step / seconds()
     episodic_returns, success_rate = log_evaluation()
     bar.close()
     result = {
@@ -1303,7 +1303,7 @@ def check_types(args: Args, smallest: dict[str, int]) -> None:
 
 def check_args(args: Args) -> None:
     """Raise RunError for the first argument that makes no sense."""
-    check_types(args, {"seed": 0, "learning_starts": 0, "num_uniform": 0})
+    check_types(args, {"seed": 0, "learning_starts": 0, "num_uniform": 0, "denoising_steps": 2})
     check_run_args(args)
     gpus = torch.cuda.device_count()
     enough = choose_device(args).type == "cpu" or int(os.environ.get("LOCAL_RANK", 0)) < gpus

@@ -1184,7 +1184,7 @@ def training_loop(
 
     save()
     stop_if_asked()
-    env_steps_per_second = (progress.global_step - first_step) / (time.monotonic() - started)
+    env_steps_per_second = progress.global_step / seconds()
     episodic_returns = log_evaluation(args.final_eval_episodes, run_dir / "final.gif" if args.capture_video else None)
     bar.close()
     writer.close()
@@ -1235,7 +1235,7 @@ def check_types(args: Args, smallest: dict[str, int]) -> None:
 
 def check_args(args: Args) -> None:
     """Raise RunError for the first argument that makes no sense."""
-    check_types(args, {"seed": 0, "agent_obsk": 0, "learning_starts": 0, "num_uniform": 0})
+    check_types(args, {"seed": 0, "agent_obsk": 0, "learning_starts": 0, "num_uniform": 0, "denoising_steps": 2})
     check_run_args(args)
     require(args, "learning_starts", args.learning_starts < args.total_timesteps, "below --total-timesteps")
     require(args, "buffer_size", args.buffer_size >= args.num_envs, f"at least --num-envs, {args.num_envs}")

@@ -608,27 +608,25 @@ class Learner(NamedTuple):
         return self._replace(**{name: value}, optimizers=self.optimizers | {name: state})
 
 
-def update(
-    learner: Learner, batch: "Batch", alive: Array, next_alive: Array, args: Args, key: Array
-) -> tuple[Learner, Metrics]:
+def update(learner: Learner, batch: "Batch", alive: Array, args: Args, key: Array) -> tuple[Learner, Metrics]:
     """One update of critics, policies and temperatures; returns metrics, each an array [].
 
-    alive and next_alive [N, B] mark the living: the dead do nothing and learn nothing. The policies learn at the next
-    observations: there the critic's target has just drawn their actions, which serve again as the centres of the
-    proposals and as the other agents' actions a_-i.
+    The policies learn at the next observations: there the critic's target has just drawn their actions, which serve
+    again as the centres of the proposals and as the other agents' actions a_-i. alive [N, B] marks who lives there: the
+    dead do nothing and learn nothing.
     """
     sample_key, policy_key = jax.random.split(key)
-    next_actions = learner.policy.sample(sample_key, batch.next_obs) * next_alive[..., None]
+    next_actions = learner.policy.sample(sample_key, batch.next_obs) * alive[..., None]
     learner, metrics = update_critic(learner, batch, next_actions, args)
     if isinstance(learner.policy, GaussianPolicy):
         state = batch.next_obs, batch.next_state
-        learner, more = update_gaussian(learner, state, batch.next_obs, next_alive, args, policy_key)
+        learner, more = update_gaussian(learner, state, batch.next_obs, alive, args, policy_key)
     else:
         rows = slice(args.actor_batch_size)
         obs = batch.next_obs[:, rows]
         state = obs, batch.next_state[rows]
-        actions, alive = next_actions[:, rows], next_alive[:, rows]
-        learner, more = update_diffusion(learner, state, obs, actions, alive, args, policy_key)
+        actions = next_actions[:, rows]
+        learner, more = update_diffusion(learner, state, obs, actions, alive[:, rows], args, policy_key)
     average = optax.incremental_update(learner.policy, learner.average_policy, 1 - args.average_decay)
     return learner._replace(average_policy=average), metrics | more
 
@@ -868,7 +866,10 @@ def make_env(args: Args) -> HeuristicEnemySMAX:
 
 
 def arrays(env: HeuristicEnemySMAX, observations: dict[str, Array]) -> tuple[Array, Array]:
-    """Observations [N, O] of the agents and the state [S] of the battle, each unit's features brought to [0, 1]."""
+    """Observations [N, O] of the agents and the state [S] of the battle, each unit's features scaled to [0, 1].
+
+    But for a weapon's cooldown: the package lets it fall on below 0 until the next shot.
+    """
     obs = jnp.stack([observations[agent] for agent in env.agents])
     units = env.num_agents + env.num_enemies
     longest_cooldown = env.unit_type_weapon_cooldowns.max()
@@ -1010,7 +1011,7 @@ def play_and_learn(
         def learn(learner: Learner, key: Array) -> tuple[Learner, Metrics]:
             batch_key, update_key = jax.random.split(key)
             batch = sample_batch(batch_key, buffer, (index + 1) * args.num_envs, args, shapes)
-            return update(learner, batch, living(env, batch.obs), living(env, batch.next_obs), args, update_key)
+            return update(learner, batch, living(env, batch.next_obs), args, update_key)
 
         keys = jax.random.split(learn_key, args.num_envs // args.steps_per_update)
         learner, more = lax.scan(learn, learner, keys)
@@ -1264,7 +1265,7 @@ def training_loop(
             log_evaluation(args.eval_episodes)
 
     save()
-    env_steps_per_second = args.num_seeds * (progress.global_step - first_step) / (time.monotonic() - started)
+    env_steps_per_second = args.num_seeds * progress.global_step / seconds()
     played = log_evaluation(args.final_eval_episodes)
     bar.close()
     writer.close()
@@ -1319,7 +1320,7 @@ def check_types(args: Args, smallest: dict[str, int]) -> None:
 
 def check_args(args: Args) -> None:
     """Raise RunError for the first argument that makes no sense."""
-    check_types(args, {"seed": 0, "learning_starts": 0, "num_uniform": 0})
+    check_types(args, {"seed": 0, "learning_starts": 0, "num_uniform": 0, "denoising_steps": 2})
     check_run_args(args)
     for argument in fields(args):
         value = getattr(args, argument.name)
@@ -1454,7 +1455,10 @@ def write_file(path: Path, tensors: dict[str, np.ndarray], **contents: Any) -> N
     """Write tensors as safetensors, whole, everything else as JSON in its header."""
     text = json.dumps({"script": SCRIPT, **contents})
     with whole_file(path) as unfinished:
-        unfinished.write_bytes(safetensors.numpy.save(tensors, {"json": text, "crc32": checksum(tensors, text)}))
+        try:  # save_file takes no memory, save twice that of the tensors
+            safetensors.numpy.save_file(tensors, unfinished, {"json": text, "crc32": checksum(tensors, text)})
+        except safetensors.SafetensorError as error:  # a full disk
+            raise OSError(error) from None
 
 
 def save_checkpoint(run_dir: Path, args: Args, progress: Progress, tensors: dict[str, np.ndarray]) -> None:
@@ -1636,7 +1640,7 @@ def play(args: Args, given: Collection[str] = ()) -> None:
     path = Path(args.evaluate)
     if path.suffix != ".safetensors":
         path = existing_run("--evaluate", args.evaluate) / "team.safetensors"
-    args, policies = read_team("--evaluate", path, args, given, free=("seed", "final_eval_episodes"))
+    args, policies = read_team("--evaluate", path, args, given, free=("seed", "final_eval_episodes", "eval_episodes"))
     check_args(args)
     env = make_env(args)
     with jax.default_device(choose_devices(args.device)[0]):

@@ -230,6 +230,7 @@ def test_diverging_run_says_where(policy, total_timesteps):
         ({"actor_lr": 0.0}, "--actor-lr"),
         ({"num_seeds": 0}, "--num-seeds"),
         ({"num_uniform": -1}, "--num-uniform"),
+        ({"denoising_steps": 1}, "--denoising-steps"),
         ({"num_per_kernel": 1, "num_uniform": 0, "sigmas": (0.1,)}, "--num-per-kernel"),
         ({"total_timesteps": 10}, "--learning-starts"),
         ({"total_timesteps": 2**32 - 1}, "--total-timesteps"),

@@ -287,8 +287,10 @@ def test_gaussian_learns_the_same(monkeypatch):
 
 
 def test_diffusion_learns_the_same(monkeypatch):
-    """With the random numbers of JAX in PyTorch, step by step."""
+    """With the random numbers of JAX in PyTorch, step by step; one agent is so cold that its temperature rises."""
     args, ours, theirs = learners()
+    ours = ours._replace(log_temperature=ours.log_temperature.at[0].set(-7))
+    theirs.log_temperature.data[0] = -7
     batch, torch_batch = batches()
     actions, torch_actions = both(N, B, 4, low=-1)
     for number in range(3):
@@ -386,8 +388,8 @@ def test_the_dead_learn_nothing():
         results = []
         for shift in (0.0, 3.0):
             moved = batch._replace(next_obs=batch.next_obs.at[1].add(shift))
-            results.append(smax.update(learner, moved, jnp.ones((N, B)), alive, args, key)[0])
-        for name in ("policy", "local_critic", "critic"):
+            results.append(smax.update(learner, moved, alive, args, key)[0])
+        for name in ("policy", "local_critic", "critic", "log_temperature"):
             pairs = zip(jax.tree.leaves(getattr(results[0], name)), jax.tree.leaves(getattr(results[1], name)))
             for one, other in pairs:
                 np.testing.assert_allclose(one, other, atol=1e-6)
@@ -500,6 +502,7 @@ def test_what_can_be_done_is_what_the_package_says(battles_at_close_range):
 
     seen = set()
     for battle, can in zip(battles, available):
+        position = np.asarray(battle.state.unit_positions)
         for seed in range(24):
             actions, before, (walk, shot) = jax.tree.map(np.asarray, play(battle, seed))
             for agent in range(env.num_agents):
@@ -510,9 +513,15 @@ def test_what_can_be_done_is_what_the_package_says(battles_at_close_range):
                 not_again, not_shoot = actions[agent, :2]
                 if can[agent, first:].any():
                     assert walks == (not_shoot > 0)
-                if not walks and not_again <= 0 and before[agent] >= first and can[agent, before[agent]]:
-                    assert shot[agent] == before[agent]
                 seen.add((bool(walks), bool(can[agent, first:].any())))
+                if walks:
+                    continue
+                if not_again <= 0 and before[agent] >= first and can[agent, before[agent]]:
+                    assert shot[agent] == before[agent]
+                else:  # the nearest to the aim among those in range
+                    aim = position[agent] + actions[agent, 2:] / max(np.linalg.norm(actions[agent, 2:]), 1)
+                    gaps = np.linalg.norm(position[env.num_allies :] - aim, axis=1)
+                    assert shot[agent] == first + np.where(can[agent, first:], gaps, np.inf).argmin()
     assert seen == {(True, True), (True, False), (False, True)}
 
 
@@ -924,6 +933,7 @@ def test_evaluate_plays_and_films(two_seeds, capsys, monkeypatch):
         dict(actor_batch_size=300),
         dict(actor_batch_size=31),  # not a multiple of two critics
         dict(num_critics=1),
+        dict(denoising_steps=1),  # would start from what is no noise
         dict(pessimism=-0.1),
         dict(batch_size=200, buffer_size=100),
         dict(total_timesteps=2**31 - 1),
@@ -1098,7 +1108,7 @@ def test_a_shared_policy_is_one_for_all(policy):
     learner = smax.Learner.create(jax.random.PRNGKey(0), replace(args, shared_policy=True), N, O, S)
     assert {len(weights) for weights in jax.tree.leaves((learner.policy, learner.local_critic))} == {1}
     batch, _ = batches()
-    after, _ = smax.update(learner, batch, jnp.ones((N, B)), jnp.ones((N, B)), args, jax.random.PRNGKey(1))
+    after, _ = smax.update(learner, batch, jnp.ones((N, B)), args, jax.random.PRNGKey(1))
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, learner)
 
 
@@ -1109,7 +1119,7 @@ def test_average_of_the_weights(policy):
     args = replace(args, average_decay=0.75)
     learner = learner._replace(average_policy=jax.tree.map(lambda weights: weights + 1, learner.policy))
     batch, _ = batches()
-    after, _ = smax.update(learner, batch, jnp.ones((N, B)), jnp.ones((N, B)), args, jax.random.PRNGKey(1))
+    after, _ = smax.update(learner, batch, jnp.ones((N, B)), args, jax.random.PRNGKey(1))
     by_hand = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, learner.average_policy, after.policy)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after.average_policy, by_hand)
 

@@ -310,6 +310,7 @@ def test_resuming_a_finished_run_repeats_its_result(script, finished):
     result = script.train(script.Args(resume=str(finished)))
     assert result["episodic_returns"] == before["episodic_returns"] and result["global_step"] == 1_200
     assert evaluations(finished) == rows
+    assert 0.5 < result["env_steps_per_second"] / before["env_steps_per_second"] < 2  # of all parts together
 
 
 class AfterChecks(list):
@@ -810,6 +811,12 @@ def refusal(script, **options):
 @cases({script: [o for o in INVALID if hasattr(script.Args(), next(iter(o)))] for script in SCRIPTS})
 def test_invalid_values_are_refused_by_name(script, options):
     refusal(script, **options)
+
+
+@every(ddpl_mpe, ddpl_mamujoco, ddpl_isaaclab)
+def test_a_single_denoising_step_is_refused(script):
+    """It would start from what is no noise."""
+    refusal(script, denoising_steps=1)
 
 
 @pytest.mark.parametrize(
