@@ -11,7 +11,8 @@ from there. As many run at a time as there are cores, one thread each. On a clus
 under the same path (a shared file system) and the same Python environment.
 
 A run works in runs/benchmark/<benchmark>/<task>/<arm>_<seed>/: output.txt is what it printed, origin.json where its
-numbers come from. Where the list has changed its command since, the old folder is set aside, not overwritten.
+numbers come from. Where the list has changed its command since, the old folder is set aside, not overwritten. Each run
+is collected when it has finished, so Ctrl-C loses nothing.
 """
 
 import importlib
@@ -31,10 +32,13 @@ from datetime import timedelta
 from importlib.metadata import distributions
 from itertools import product
 from pathlib import Path
+from typing import TypedDict
 
 import ray
 import tyro
+from filelock import FileLock
 from tqdm import tqdm
+from typeguard import TypeCheckError, check_type
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmark" / "results"
@@ -88,9 +92,9 @@ class Run:
     def command(self) -> list[str]:
         return [self.script, *self.flags, "--seed", str(self.seed)]
 
-    def run_dir(self, file: str) -> Path | None:
-        """The script's own run folder in here that holds such a file, if there is one."""
-        found = sorted(self.folder.glob(f"runs/*/{file}"))
+    def run_dir(self, *files: str) -> Path | None:
+        """The script's own run folder in here that holds one of these files, if there is one."""
+        found = sorted(path for file in files for path in self.folder.glob(f"runs/*/{file}"))
         return found[-1].parent if found else None
 
     @property
@@ -104,16 +108,25 @@ class Run:
 
     @property
     def budget(self) -> float:
-        """Environment steps or trajectories in all."""
-        (position,) = [i for i, flag in enumerate(self.flags) if flag in BUDGETS]
+        """Environment steps or trajectories in all. ValueError unless the flags say it, once."""
+        (position,) = [i for i, flag in enumerate(self.flags[:-1]) if flag in BUDGETS]
         return float(self.flags[position + 1])
 
     def progress(self) -> tuple[float, float]:
         """Environment steps, or trajectories where they are the budget, and seconds at the last evaluation."""
-        run_dir = self.run_dir("evaluations.csv")
+        run_dir = self.run_dir("evaluations.csv") if self.recorded_command == self.command else None
         rows = list(DictReader(open(run_dir / "evaluations.csv"))) if run_dir else []
         column = "trajectories" if "--total-trajectories" in self.flags else "global_step"
         return (float(rows[-1][column]), float(rows[-1]["seconds"])) if rows else (0.0, 0.0)
+
+
+class Experiment(TypedDict):
+    """An entry of the list."""
+
+    script: str
+    flags: str
+    seeds: list[int]
+    arms: dict[str, str]
 
 
 def read_list(path: Path, runs: Path, names: Sequence[str] = ()) -> list[Run]:
@@ -123,7 +136,7 @@ def read_list(path: Path, runs: Path, names: Sequence[str] = ()) -> list[Run]:
     """
     try:
         entries = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ListError(f"--list: cannot read {path} ({error})") from None
     benchmarks = sorted({task.split("/")[0] for task in entries})
     for name in names:
@@ -131,17 +144,25 @@ def read_list(path: Path, runs: Path, names: Sequence[str] = ()) -> list[Run]:
             raise ListError(f"there is no experiment {name!r}; choose from {', '.join([*benchmarks, *entries])}")
     found = []
     for task, entry in entries.items():
-        whole = set(entry) == {"script", "flags", "seeds", "arms"} and any(flag in entry["flags"] for flag in BUDGETS)
-        if not whole or task.count("/") != 1:
-            needed = "script, flags with --total-timesteps or --total-trajectories, seeds and arms"
-            raise ListError(f"--list: {task!r} must be <benchmark>/<task>, with {needed}")
-        if names and task not in names and task.split("/")[0] not in names:
-            continue
-        for seed, (arm, own) in product(entry["seeds"], entry["arms"].items()):
-            own_words = shlex.split(own)
-            script = own_words.pop(0) if own_words and own_words[0].endswith(".py") else entry["script"]
-            words = (*shlex.split(entry["flags"]), *own_words)
-            found.append(Run(task, arm, seed, script, words, runs.absolute() / task / f"{arm}_{seed}"))
+        try:
+            check_type(entry, Experiment)
+            benchmark, _ = task.split("/")
+            if len(set(entry["seeds"])) < len(entry["seeds"]):
+                raise ValueError("a seed twice")
+            ours = []
+            for seed, (arm, own) in product(entry["seeds"], entry["arms"].items()):
+                own_words = shlex.split(own)
+                script = own_words.pop(0) if own_words and own_words[0].endswith(".py") else entry["script"]
+                words = (*shlex.split(entry["flags"]), *own_words)
+                ours.append(Run(task, arm, seed, script, words, runs.absolute() / task / f"{arm}_{seed}"))
+            assert all(run.budget > 0 for run in ours)
+        except (TypeCheckError, ValueError, AssertionError):
+            needed = (
+                "script, flags with one --total-timesteps N or --total-trajectories N, seeds and arms, both once each"
+            )
+            raise ListError(f"--list: {task!r} must be <benchmark>/<task>, with {needed}") from None
+        if not names or task in names or benchmark in names:
+            found += ours
     return found
 
 
@@ -167,37 +188,55 @@ def train(run: Run) -> None:
     if run.folder.exists() and run.recorded_command != run.command:
         run.folder.rename(run.folder.with_name(f"{run.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
     run.folder.mkdir(parents=True, exist_ok=True)
-    if run.recorded_command is None:
-        unfinished = run.folder / "origin.json.tmp"
-        unfinished.write_text(json.dumps(origin(run), indent=2))
-        os.replace(unfinished, run.folder / "origin.json")
-    os.chdir(run.folder)
-    sys.path[:0] = [str(ROOT), str((ROOT / run.script).parent)]
-    script = importlib.import_module(Path(run.script).stem)
-    stopped = run.run_dir("checkpoint.*")
-    sys.argv = [*run.command, *(("--resume", str(stopped)) if stopped else ())]  # a module to import is named again
-    with open("output.txt", "a") as output, redirect_stdout(output), redirect_stderr(output):
-        try:
-            script.main(*script.read_command_line())
-        except SystemExit as ended:
-            raise RuntimeError(f"{run.name}: {ended}") from None
+    with FileLock(run.folder / "lock", timeout=0):  # raises where another process trains it
+        stopped = run.run_dir("checkpoint.pt", "checkpoint.safetensors")
+        write_origin(run, goes_on=stopped is not None)
+        os.chdir(run.folder)
+        sys.path[:0] = [str(ROOT), str((ROOT / run.script).parent)]
+        script = importlib.import_module(Path(run.script).stem)
+        sys.argv = [*run.command, *(("--resume", str(stopped)) if stopped else ())]  # a module to import is named again
+        with open("output.txt", "a") as output, redirect_stdout(output), redirect_stderr(output):
+            try:
+                script.main(*script.read_command_line())
+            except SystemExit as ended:
+                raise RuntimeError(f"{run.name}: {ended}") from None
 
 
-def time_left(missing: Sequence[Run], running: int) -> str:
-    """An estimate from the speeds of the runs of this list so far, as `1:23:45`, or `?` before the first evaluation."""
-    progress = {run: run.progress() for run in missing}
-    paces = [seconds / steps for steps, seconds in progress.values() if steps]
+def write_origin(run: Run, goes_on: bool) -> None:
+    """Write the run's origin.json, with all the commits that it was trained at if it goes on from a checkpoint."""
+    path, ours = run.folder / "origin.json", origin(run)
+    if goes_on:
+        before = json.loads(path.read_text())["commit"].split(", ")
+        ours["commit"] = ", ".join(dict.fromkeys([*before, ours["commit"]]))
+    write_whole(path, json.dumps(ours, indent=2))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name first, so that a kill at any moment leaves the old or the new."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def time_left(waiting: Sequence[Run], runs: Sequence[Run], slots: int) -> str:
+    """An estimate, as `1:23:45`, from the speeds that runs of this list have had, those of its own script if there are
+    any; `?` before the first evaluation."""
+    paces = {}
+    for run in runs:
+        steps, seconds = run.progress()
+        if steps:
+            paces.setdefault(run.script, []).append(seconds / steps)
     if not paces:
         return "?"
-    pace_of_others = sum(paces) / len(paces)
     left = 0.0
-    for run, (steps, seconds) in progress.items():
-        left += (run.budget - steps) * (seconds / steps if steps else pace_of_others)
-    return str(timedelta(seconds=round(left / max(running, 1))))
+    for run in waiting:
+        of_script = paces.get(run.script) or sum(paces.values(), [])
+        left += (run.budget - run.progress()[0]) * sum(of_script) / len(of_script)
+    return str(timedelta(seconds=round(left / max(min(slots, len(waiting)), 1))))
 
 
-def run_all(missing: Sequence[Run], retries: int) -> list[str]:
-    """Train all of them; returns a line for each that has failed."""
+def run_all(missing: Sequence[Run], retries: int, results: Path) -> list[str]:
+    """Train all of them, and collect each that has finished; returns a line for each that has failed."""
     waiting = {train.options(max_retries=retries).remote(run): run for run in missing}
     slots = int(ray.cluster_resources()["CPU"])
     failures = []
@@ -208,10 +247,11 @@ def run_all(missing: Sequence[Run], retries: int) -> list[str]:
                 run = waiting.pop(reference)
                 try:
                     ray.get(reference)
+                    collect([run], results)
                 except ray.exceptions.RayError as error:
                     failures.append(f"{run.name}: {str(error).strip().splitlines()[-1]}; see {run.folder}/output.txt")
                 bar.update()
-            bar.set_postfix_str(f"about {time_left([*waiting.values()], min(slots, len(waiting)))} left")
+            bar.set_postfix_str(f"about {time_left([*waiting.values()], missing, slots)} left")
     return failures
 
 
@@ -226,23 +266,23 @@ def collected(run: Run, results: Path) -> Iterator[tuple[Path, str]]:
 
 
 def collect(runs: Sequence[Run], results: Path) -> None:
-    """Copy the results of runs that are done, with their origins, all of a task in one origins.json.
-
-    What a task has without an origin makes room for them: it may be from another budget.
-    """
+    """Copy the results of runs that are done, with their origins, all of a task in one origins.json."""
     for run in runs:
         origin = json.loads((run.folder / "origin.json").read_text())
-        folder = results / run.task
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "origins.json"
+        path = results / run.task / "origins.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         origins = json.loads(path.read_text()) if path.exists() else {}
         for csv, text in collected(run, results):
-            csv.write_text(text)
+            write_whole(csv, text)
             origins[csv.stem] = origin
-        path.write_text(json.dumps(dict(sorted(origins.items())), indent=1) + "\n")
-    for folder in {results / run.task for run in runs}:
-        origins = json.loads((folder / "origins.json").read_text())
-        for csv in folder.glob("*.csv"):
+        write_whole(path, json.dumps(dict(sorted(origins.items())), indent=1) + "\n")
+
+
+def make_room(runs: Sequence[Run], results: Path) -> None:
+    """Remove what a task has without an origin, once all of its runs are done: it may be from another budget."""
+    for task in {run.task for run in runs} - {run.task for run in runs if not run.done}:
+        origins = json.loads((results / task / "origins.json").read_text())
+        for csv in (results / task).glob("*.csv"):
             if csv.stem not in origins:
                 csv.unlink()
 
@@ -255,18 +295,21 @@ def main(args: Args) -> None:
         for run in missing:
             print(run.name, " python", shlex.join(run.command))
         return
+    collect([run for run in runs if run.done], args.results)
     failures = []
     if missing:
-        ray.init(address=args.address, log_to_driver=False, logging_level="warning")
-        failures = run_all(missing, args.retries)
+        ray.init(address=args.address or "local", log_to_driver=False, logging_level="warning")
+        failures = run_all(missing, args.retries, args.results)
         ray.shutdown()
-    collect([run for run in runs if run.done], args.results)
-    if args.results == RESULTS:
+    make_room(runs, args.results)
+    if failures:
+        print("\n".join(["these runs failed:", *failures]), file=sys.stderr)
+    if args.results.resolve() == RESULTS.resolve():
         from results import report
 
         report()
     if failures:
-        raise SystemExit("\n".join(["these runs failed:", *failures]))
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
@@ -274,3 +317,6 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except ListError as error:
         raise SystemExit(f"run.py: error: {error}") from None
+    except KeyboardInterrupt:
+        print("stopped; what has finished is collected, the rest goes on when this is run again", file=sys.stderr)
+        raise SystemExit(130) from None

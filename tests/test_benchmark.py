@@ -123,7 +123,10 @@ def test_a_run_that_goes_on_is_given_its_flags_again(monkeypatch):
     stopped = run.folder / "runs" / "one"
     stopped.mkdir(parents=True)
     (stopped / "checkpoint.pt").touch()
-    (run.folder / "origin.json").write_text(json.dumps({"command": run.command}))
+    begun = run.folder / "runs" / "two"
+    begun.mkdir()
+    (begun / "checkpoint.pt.tmp").touch()  # killed while it wrote its first
+    (run.folder / "origin.json").write_text(json.dumps({"command": run.command, "commit": "abc"}))
     seen = []
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.chdir(Path.cwd())  # and back in the end
@@ -165,13 +168,93 @@ def test_a_run_that_fails_is_told_and_the_others_go_on():
     [
         (["smax"], LIST, "there is no experiment 'smax'; choose from mpe, mpe/simple_spread_v3_N3"),
         ([], "a = ", "--list: cannot read list.toml"),
-        ([], '["a/b"]\nscript = "x.py"', "--list: 'a/b' must be <benchmark>/<task>, with script, flags"),
+        *(
+            ([], LIST.replace(right, wrong), f"--list: '{SPREAD}' must be <benchmark>/<task>, with script, flags")
+            for right, wrong in (
+                ('script = "ddpl_mpe.py"\n', ""),
+                ("seeds = [1, 2]", "seeds = 3"),
+                ("seeds = [1, 2]", "seeds = [2, 2]"),
+                ('"--policy diffusion"', "3"),
+                ('"--policy diffusion"', "'--policy \"'"),
+                ('"--policy diffusion"', '"--total-timesteps 5"'),
+                ("--total-timesteps 1600", "--total-timesteps=1600"),
+                ("--total-timesteps 1600", "--total-timesteps many"),
+            )
+        ),
+        ([], '["a"]', "--list: 'a' must be <benchmark>/<task>, with script, flags"),
     ],
 )
 def test_wrong_lists_and_names(words, entries, sentence):
     Path("list.toml").write_text(entries)
-    printed, _ = (process := start(*words, "--dry-run")).communicate(timeout=60)
-    assert process.returncode == 1 and sentence in printed and "Traceback" not in printed
+    with pytest.raises(benchmark_run.ListError) as told:
+        benchmark_run.read_list(Path("list.toml"), Path("runs"), words)
+    assert sentence in str(told.value)
+
+
+def test_a_wrong_list_is_told_in_one_line():
+    printed, _ = (process := start("smax", "--dry-run")).communicate(timeout=60)
+    assert process.returncode == 1 and printed.startswith("run.py: error: there is no experiment 'smax'")
+
+
+def done_run(run, commit="abc", rows=("global_step,seconds,mode", "200,3.0,deterministic")):
+    """The folder of a run that has finished."""
+    ended = run.folder / "runs" / "one"
+    ended.mkdir(parents=True)
+    (ended / "result.json").touch()
+    (ended / "evaluations.csv").write_text("\n".join(rows))
+    (run.folder / "origin.json").write_text(json.dumps({"command": run.command, "commit": commit}))
+
+
+def test_results_make_room_only_when_all_runs_of_a_task_are_done():
+    """What was there without an origin stays as long as its successors are not there."""
+    one, *others = benchmark_run.read_list(Path("list.toml"), Path("runs"), (SPREAD,))
+    results, before = Path("results"), Path(f"results/{SPREAD}/sac_1.csv")
+    before.parent.mkdir(parents=True)
+    before.write_text("from before")
+    done_run(one)
+    benchmark_run.collect([one], results)
+    benchmark_run.make_room([one, *others], results)
+    assert before.exists() and (before.parent / "diffusion_1.csv").exists()
+    for other in others:
+        done_run(other)
+    benchmark_run.collect(others, results)
+    benchmark_run.make_room([one, *others], results)
+    assert not before.exists() and len(list(before.parent.glob("*.csv"))) == 4
+
+
+def test_a_run_of_several_seeds_becomes_a_file_for_each():
+    run, *_ = benchmark_run.read_list(Path("list.toml"), Path("runs"), (SPREAD,))
+    done_run(run, rows=("global_step,seed,return_mean", "200,5,1.0", "200,6,2.0", "400,5,3.0", "400,6,4.0"))
+    benchmark_run.collect([run], Path("results"))
+    texts = [Path(f"results/{SPREAD}/diffusion_{seed}.csv").read_text().splitlines() for seed in (5, 6)]
+    assert texts == [
+        ["global_step,seed,return_mean", "200,5,1.0", "400,5,3.0"],
+        ["global_step,seed,return_mean", "200,6,2.0", "400,6,4.0"],
+    ]
+    assert set(json.loads(Path(f"results/{SPREAD}/origins.json").read_text())) == {"diffusion_5", "diffusion_6"}
+
+
+def test_time_left_counts_with_each_scripts_own_speed():
+    """1,600 steps a run: a finished one of 10 ms a step, half of one left, one not begun; on one core and on two."""
+    first, second, third, fourth = benchmark_run.read_list(Path("list.toml"), Path("runs"), (SPREAD,))
+    runs = [first, second, third]
+    assert benchmark_run.time_left(runs, runs, 1) == "?"
+    done_run(first, rows=("global_step,seconds,mode", "1600,16.0,deterministic"))
+    done_run(second, rows=("global_step,seconds,mode", "800,8.0,deterministic"))
+    assert benchmark_run.time_left([second, third], runs, 1) == "0:00:24"
+    assert benchmark_run.time_left([second, third], runs, 2) == "0:00:12"
+    # The steps of a command that is no longer the list's do not count.
+    (second.folder / "origin.json").write_text(json.dumps({"command": ["else.py"]}))
+    assert benchmark_run.time_left([second, third], runs, 1) == "0:00:32"
+
+
+def test_an_origin_names_every_commit_that_trained(monkeypatch):
+    run, *_ = benchmark_run.read_list(Path("list.toml"), Path("runs"), (SPREAD,))
+    run.folder.mkdir(parents=True)
+    for commit, goes_on in (("a", False), ("b", False), ("c", True), ("c", True)):
+        monkeypatch.setattr(benchmark_run, "origin", lambda run, commit=commit: {"commit": commit})
+        benchmark_run.write_origin(run, goes_on)
+    assert json.loads((run.folder / "origin.json").read_text()) == {"commit": "b, c"}
 
 
 def test_an_arm_with_a_script_of_its_own(monkeypatch):
