@@ -5,6 +5,7 @@ Multi-agent Reinforcement Learning", arXiv 2605.07101 (2026). Only its abstract 
 what stands here is a reconstruction. Isaac Lab is from Mittal et al., arXiv 2511.04831 (2025); docs/ddpl_isaaclab.md
 says how to install it.
 
+    export ISAACSIM_ASSET_ROOT=tests/assets         # without it, Isaac Lab's own, to be downloaded
     python ddpl_isaaclab.py --task Isaac-Pendulum-MARL-Direct
     torchrun --nproc-per-node 2 ddpl_isaaclab.py    # two processes, each with environments of its own
 
@@ -884,13 +885,17 @@ def make_env(args: Args) -> Iterator["StackedAgents"]:
     config = make_config(args, device)
     failure = None
     with nullcontext() if is_2 else app.launch_simulation(config, {}):
-        env = gym.make(args.task, cfg=config).unwrapped
+        env = None
         try:
+            env = gym.make(args.task, cfg=config).unwrapped
             yield StackedAgents(env)
+        except ModuleNotFoundError as error:  # what would download the task's assets
+            failure = RunError(f"{error}; set ISAACSIM_ASSET_ROOT to a folder of assets, such as tests/assets")
         except FAILURES as error:  # kept from launch_simulation, which would print a traceback
             failure = error
         finally:
-            env.close()
+            if env is not None:
+                env.close()
     if failure:
         raise failure
 
@@ -902,13 +907,13 @@ def make_config(args: Args, device: str) -> Any:
 
     known = [name for name in gym.registry if name.startswith("Isaac-")]
     choices = ", ".join(name for name in known if "MARL" in name or "Double-Pendulum" in name or "over-Direct" in name)
-    module, _, name = args.task.rpartition(":")
+    module, colon, name = args.task.rpartition(":")
     try:
-        if module:
+        if colon:
             import_module(module)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError, TypeError) as error:
         raise RunError(f"--task: {error}; name a module that Python can import, or leave it out") from None
-    if name not in gym.registry:
+    if name not in gym.registry or "env_cfg_entry_point" not in gym.registry[name].kwargs:
         raise RunError(f"--task: Isaac Lab knows no {name!r}; choose a multi-agent task, such as {choices}")
     config = parse_env_cfg(name, device=device, num_envs=args.num_envs)
     if not hasattr(config, "possible_agents"):
@@ -990,10 +995,10 @@ class StackedAgents:
         obs = next_obs = self._stack(after)
         state = next_state = self._state(obs)
         has_final_obs = "final_obs" in extras[self.agents[0]]  # of the last step in which an episode ended; not in 2.3
-        if has_final_obs:
+        if has_final_obs and not self.own_state:  # as the state, or the two would be of different episodes
             final_obs = self._stack({agent: extras[agent]["final_obs"] for agent in self.agents})
             next_obs = torch.where(ended[:, None, None], final_obs, obs)
-            next_state = state if self.own_state else self._state(next_obs)
+            next_state = self._state(next_obs)
         # The task's own state is known after the reset alone.
         no_future = terminated if has_final_obs and not self.own_state else ended
         # The task's rate, if it has one, is that of the episodes which ended in the last step in which any did.
@@ -1228,7 +1233,7 @@ def training_loop(
                     bar.close()
                     last = f"the last checkpoint is from step {last_checkpoint}"
                     raise Stopped(f"stopped at step {progress.global_step}; {last}; go on with --resume {run_dir}")
-        if due(args.log_interval) and metrics:
+        if due(args.log_interval) and progress.updates:  # also where none has been made since a resume
             scalars = {name: float(value) for name, value in metrics.items()}
             scalars["policy/spread"] = policy_spread(learner, buffer.sample(64).obs)
             scalars["policy/target_entropy"] = args.target_entropy
@@ -1683,7 +1688,7 @@ def noted_signals() -> Iterator[list[int]]:
 def main(args: Args, given: Collection[str] = ()) -> None:
     """What the command line asks for; a failure is one line on standard error and exit code 1, a signal 128 + n."""
     try:
-        if "RANK" in os.environ:  # started by torchrun
+        if "LOCAL_RANK" in os.environ:  # started by torchrun
             number = int(os.environ["LOCAL_RANK"])
             if args.device != "cpu" and number < torch.cuda.device_count():
                 torch.cuda.set_device(number)
@@ -1705,6 +1710,8 @@ def main(args: Args, given: Collection[str] = ()) -> None:
     except (RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
     except RuntimeError as error:
+        if world_size() > 1 and "Connection closed by peer" in str(error):  # another process has failed, and says why
+            raise SystemExit(1) from None
         if "allocate memory" not in str(error):  # what PyTorch says where the CPU has no memory left
             raise
         raise SystemExit(f"{SCRIPT}.py: error: out of memory; choose smaller numbers ({error})") from None

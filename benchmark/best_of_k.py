@@ -12,6 +12,7 @@ In evaluations, deterministic means the best of 4 here.
 
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -80,12 +81,20 @@ def controlled(script: ModuleType) -> dict:
 
 def main(args: ddpl_mpe.Args | ddpl_mamujoco.Args, given: Collection[str] = ()) -> None:
     script = ddpl_mamujoco if isinstance(args, ddpl_mamujoco.Args) else ddpl_mpe
-    vars(script).update(controlled(script))
-    script.main(args, given)
+    if args.evaluate is not None:
+        raise SystemExit("best_of_k.py: error: --evaluate: a team's file holds no local critic; leave it out")
+    if args.num_critics > 0 and args.actor_batch_size % args.num_critics:
+        raise SystemExit(
+            f"best_of_k.py: error: --actor-batch-size must be a multiple of --num-critics, {args.num_critics}"
+        )
+    name = f"best_of_k_{script.SCRIPT}"  # the script itself refuses these runs
+    vars(script).update(controlled(script) | {"SCRIPT": name})
+    script.main(replace(args, exp_name=name) if args.exp_name == type(args).exp_name else args, given)
 
 
 def read_command_line() -> tuple[ddpl_mpe.Args | ddpl_mamujoco.Args, set[str]]:
-    return (ddpl_mamujoco if "--scenario" in sys.argv else ddpl_mpe).read_command_line()
+    of_a_robot = any(word.split("=")[0] == "--scenario" for word in sys.argv)
+    return (ddpl_mamujoco if of_a_robot else ddpl_mpe).read_command_line()
 
 
 if __name__ == "__main__":

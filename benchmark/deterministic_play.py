@@ -79,6 +79,8 @@ class Way(nn.Module):
 
 
 def main(paths: list[str]) -> None:
+    if not paths:
+        raise SystemExit("deterministic_play.py: error: name teams' files, of ddpl_mpe.py or ddpl_mamujoco.py")
     scripts = {script.SCRIPT: script for script in (ddpl_mpe, ddpl_mamujoco)}
     torch.set_num_threads(1)
     rows = []

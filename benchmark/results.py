@@ -1,6 +1,6 @@
 """Collect finished runs into benchmark/results/<benchmark>/, plot them and print the pages' tables.
 
-    python benchmark/results.py runs     # take the finished runs below runs/
+    python benchmark/results.py runs     # take the finished runs below runs/ that are not there yet
     python benchmark/results.py          # only plot and print what is collected
 
 Intervals are 95 % percentile bootstraps over seeds; with 3 to 5 seeds they are, if anything, too narrow.
@@ -25,6 +25,7 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mpe": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mpe_long": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mamujoco": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "mamujoco_long": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "control": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax_often": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
@@ -76,8 +77,8 @@ def place(args: dict) -> tuple[str, str, str]:
 def collect(runs: Path) -> None:
     """Copy evaluations.csv of every finished run to RESULTS/<benchmark>/<task>/<arm>_<seed>.csv.
 
-    A run of several seeds becomes several files. Where there is a TensorBoard scalar policy/spread, the mean of its
-    last ten points fills a last column.
+    A file that is there already stays. A run of several seeds becomes several files. Where there is a TensorBoard
+    scalar policy/spread, the mean of its last ten points fills a last column.
     """
     for result in sorted(runs.glob("*/result.json")):
         args = json.loads((result.parent / "args.json").read_text())
@@ -98,7 +99,23 @@ def collect(runs: Path) -> None:
             seeds = dict.fromkeys(row.split(",")[column] for row in rows)
             by_seed = {seed: [row for row in rows if row.split(",")[column] == seed] for seed in seeds}
         for seed, rows in by_seed.items():
-            (folder / f"{arm}_{seed}.csv").write_text("\n".join([header, *rows]) + "\n")
+            path = folder / f"{arm}_{seed}.csv"
+            if path.exists():  # maybe with an origin, or from another budget
+                print(f"{path} stays as it is; remove it to take {result.parent}")
+            else:
+                path.write_text("\n".join([header, *rows]) + "\n")
+
+
+def tasks_of(benchmark: str) -> list[Path]:
+    """The folders of a benchmark's tasks of which every arm that is compared has results."""
+    found = []
+    for task in sorted(path for path in (RESULTS / benchmark).glob("*") if path.is_dir()):
+        missing = [arm for arm in ARMS.get(benchmark, ()) if not list(task.glob(f"{arm}_[0-9]*.csv"))]
+        if missing:
+            print(f"{benchmark}/{task.name} is left out: no results of {', '.join(missing)}")
+        else:
+            found.append(task)
+    return found
 
 
 def arms_of(task: Path) -> dict[str, tuple[Path, str]]:
@@ -263,15 +280,17 @@ def success_rows(task: Path) -> list[str]:
 def compared() -> dict[str, list[comparison.Task]]:
     """The tasks on which diffusion and Gaussian policies are compared, by benchmark, and all of them.
 
-    A task that was also run with the longer budget (<benchmark>_long) counts with that one alone.
+    A task that was also run with the longer budget (<benchmark>_long), with as many seeds, counts with that one alone.
     """
     zeros = {row["task"]: float(row["return_mean"]) for row in csv.DictReader(open(RESULTS / "random.csv"))}
     groups = {}
     for benchmark in ("mpe", "mamujoco", "smax", "isaaclab"):
         tasks = []
-        for folder in sorted(path for path in (RESULTS / benchmark).glob("*") if path.is_dir()):
-            longer = RESULTS / f"{benchmark}_long" / folder.name
-            folder = longer if longer.exists() else folder
+        longer = {task.name: task for task in tasks_of(f"{benchmark}_long")}
+        for folder in tasks_of(benchmark):
+            long = longer.get(folder.name)
+            if long and len(list(long.glob("*_[0-9]*.csv"))) >= len(list(folder.glob("*_[0-9]*.csv"))):
+                folder = long
             finals = [load(folder, arm, "deterministic")[1][:, -1] for arm in ("diffusion", "gaussian")]
             task = comparison.Task(folder.name, *finals)
             if benchmark not in SCORES:
@@ -290,7 +309,7 @@ def report() -> None:
     for benchmark in (name for name in ARMS if list((RESULTS / name).glob("*/*.csv"))):
         if benchmark.startswith("isaaclab"):
             print("| policy | final success rate | each seed | frames until 0.99, each seed |\n|---|---|---|---|")
-            for task in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
+            for task in tasks_of(benchmark):
                 plot_success(task)
                 print("\n".join(success_rows(task)), end="\n\n")
             continue
@@ -298,7 +317,7 @@ def report() -> None:
         columns = ["task", "policy", f"deterministic {score}", f"stochastic {score}", "deterministic, each seed"]
         columns += ["saturation" if benchmark == "bang_bang" else "spread", "minutes"]
         print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-        for task in sorted(path for path in (RESULTS / benchmark).iterdir() if path.is_dir()):
+        for task in tasks_of(benchmark):
             plot(task)
             print("\n".join(table_rows(task)))
         print()

@@ -67,15 +67,23 @@ def test_a_run_under_control(control, policy, tmp_path, monkeypatch):
     assert not any("local" in name for name in team.state_dict())
 
 
-@pytest.mark.parametrize("words, script", [(["--num-agents", "6"], ddpl_mpe), (["--scenario", "Ant"], ddpl_mamujoco)])
+@pytest.mark.parametrize("words, script", [(["--num-agents", "6"], ddpl_mpe), (["--scenario=Ant"], ddpl_mamujoco)])
 def test_the_flags_name_the_script(monkeypatch, words, script):
     monkeypatch.setattr(sys, "argv", ["best_of_k.py", *words])
     monkeypatch.setattr(best_of_k, "controlled", lambda module: {"main": lambda *given: ran.append((module, *given))})
-    monkeypatch.setattr(script, "main", script.main)  # and back in the end
+    for name in ("main", "SCRIPT"):
+        monkeypatch.setattr(script, name, getattr(script, name))  # and back in the end
     ran = []
     best_of_k.main(*best_of_k.read_command_line())
     ((module, args, given),) = ran
     assert module is script and isinstance(args, script.Args) and given
+    assert args.exp_name == script.SCRIPT == f"best_of_k_{script.__name__}"  # the script itself refuses its runs
+
+
+@pytest.mark.parametrize("option", [dict(evaluate="runs/x"), dict(policy="gaussian", actor_batch_size=30)], ids=str)
+def test_what_a_control_cannot_do_is_told(option):
+    with pytest.raises(SystemExit, match="error: --(evaluate|actor-batch-size)"):
+        best_of_k.main(ddpl_mpe.Args(**option))
 
 
 @pytest.mark.parametrize("script, stack", [(ddpl_mpe, 1), (ddpl_mamujoco, 3)])
