@@ -480,7 +480,8 @@ def update(learner: Learner, rollout: Rollout, step: Callable = update_minibatch
 
     with torch.no_grad():
         target = steps.advantage + steps.value
-        explained = 1 - (target - steps.value).var() / target.var()
+        variance = target.var()
+        explained = torch.where(variance == 0, 0.0, 1 - (target - steps.value).var() / variance)
         kl = policy.kl(old, policy(rollout.obs)).mean()
     return metrics | {"losses/explained_variance": explained, "policy/kl": kl}
 
@@ -561,10 +562,18 @@ class Normalizer:
 # ---------------------------------------------------------------------------------------------------- environment
 
 
+def is_bounded_vector(space: gym.Space) -> bool:
+    """Whether actions of this space are float vectors, each number of which has two different bounds, as float32."""
+    if not isinstance(space, Box) or len(space.shape) != 1 or not len(space.low) or space.dtype.kind != "f":
+        return False
+    width = np.subtract(space.high, space.low, dtype=np.float64)
+    return bool(((width > 0) & (width < np.finfo(np.float32).max)).all())
+
+
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """The Gymnasium task `env_id` with flat float32 observations and actions in [-1, 1].
 
-    Raises RunError unless Gymnasium knows it and its actions are a bounded Box.
+    Raises RunError unless Gymnasium knows it and its actions are a bounded vector.
     """
     if not re.fullmatch(r"(\w[\w.]*:)?[^:\s]+", env_id):
         raise RunError(f"--env-id: {env_id!r} is no name of a task; write it as in Hopper-v5 or module:Hopper-v5")
@@ -575,8 +584,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     except (gym.error.Error, ImportError) as error:  # ImportError: also for the tasks that Gymnasium has given away
         raise RunError(f"--env-id: {error} Choose a task with continuous actions, such as Hopper-v5") from None
     space = env.action_space
-    if not isinstance(space, Box) or not space.is_bounded():
-        raise RunError(f"--env-id: {env_id} has actions {space}; choose a task with a bounded Box, such as Hopper-v5")
+    if not is_bounded_vector(space):
+        raise RunError(f"--env-id: {env_id} has actions {space}; choose a task with a bounded vector, as in Hopper-v5")
+    if not env.observation_space.is_np_flattenable:
+        raise RunError(f"--env-id: {env_id} has observations {env.observation_space}, of no fixed size; choose another")
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
@@ -912,7 +923,7 @@ def check_args(args: Args) -> None:
         try:
             env = make_env(args.env_id, "rgb_array")
             env.reset()
-            env.render()
+            env.render()[::2, ::2]
             env.close()
         except RunError:
             raise
@@ -924,6 +935,7 @@ def check_args(args: Args) -> None:
 def check_run_args(args: Args) -> None:
     """Raise RunError for the first argument of a run, rather than of an algorithm, that makes no sense."""
     require(args, "exp_name", re.fullmatch(r"[\w.-]+", args.exp_name), "letters, digits, and the signs _ . -")
+    require(args, "num_threads", args.num_threads <= 1024, "a whole number from 1 to 1024")
     cuda = torch.cuda.is_available()
     require(args, "device", args.device != "cuda" or cuda, "auto or cpu on this machine, where PyTorch finds no CUDA")
     if args.track:
@@ -1245,7 +1257,7 @@ def main(args: Args, given: Collection[str] = ()) -> None:
     except KeyboardInterrupt:  # while playing
         raise SystemExit(130) from None
     except (RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
+        raise SystemExit(f"{SCRIPT}.py: error: {str(error) or 'out of memory'}") from None
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # what PyTorch says where the CPU has no memory left
             raise

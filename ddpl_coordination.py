@@ -660,7 +660,7 @@ def main(args: Args) -> None:
         print("stopped before the end, so there are no results; start again for the same numbers", file=sys.stderr)
         raise SystemExit(130) from None
     except (RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
+        raise SystemExit(f"{SCRIPT}.py: error: {str(error) or 'out of memory'}") from None
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # what PyTorch says where the CPU has no memory left
             raise

@@ -1704,7 +1704,7 @@ def main(args: Args, given: Collection[str] = ()) -> None:
     except KeyboardInterrupt:  # while playing
         raise SystemExit(130) from None
     except (RunError, OSError, MemoryError) as error:
-        raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
+        raise SystemExit(f"{SCRIPT}.py: error: {str(error) or 'out of memory'}") from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

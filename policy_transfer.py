@@ -772,7 +772,7 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         raise SystemExit("stopped before the end, so there are no results") from None
     except (RunError, OSError, MemoryError) as error:
-        raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
+        raise SystemExit(f"{SCRIPT}.py: error: {str(error) or 'out of memory'}") from None
     print_table(result["rows"])
     print(f"run folder {result['run_dir']}")
 

@@ -1256,6 +1256,7 @@ def check_args(args: Args) -> None:
 def check_run_args(args: Args) -> None:
     """Raise RunError for the first argument of a run, rather than of an algorithm, that makes no sense."""
     require(args, "exp_name", re.fullmatch(r"[\w.-]+", args.exp_name), "letters, digits, and the signs _ . -")
+    require(args, "num_threads", args.num_threads <= 1024, "a whole number from 1 to 1024")
     cuda = torch.cuda.is_available()
     require(args, "device", args.device != "cuda" or cuda, "auto or cpu on this machine, where PyTorch finds no CUDA")
     if args.track:
@@ -1569,7 +1570,7 @@ def main(args: Args, given: Collection[str] = ()) -> None:
     except KeyboardInterrupt:  # while playing
         raise SystemExit(130) from None
     except (RunError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        raise SystemExit(f"{SCRIPT}.py: error: {error}") from None
+        raise SystemExit(f"{SCRIPT}.py: error: {str(error) or 'out of memory'}") from None
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # what PyTorch says where the CPU has no memory left
             raise

@@ -18,11 +18,13 @@ import types
 from pathlib import Path
 
 import fake_isaac
+import gymnasium
 import numpy as np
 import pytest
 import torch
 import torch._inductor.config
 from gymnasium.envs.classic_control import PendulumEnv
+from gymnasium.spaces import Box, Dict, Sequence
 from helpers import (
     checkpoint_of,
     command,
@@ -764,6 +766,7 @@ INVALID = [  # in every script that has the first of them
     dict(hidden="wide"),
     dict(hidden=128.0),
     dict(denoising_steps=0),
+    dict(num_threads=1025),
     dict(block_size=0),
     dict(init_temperature=0.0),
     dict(init_temperature=1e-300),
@@ -811,6 +814,46 @@ def refusal(script, **options):
 @cases({script: [o for o in INVALID if hasattr(script.Args(), next(iter(o)))] for script in SCRIPTS})
 def test_invalid_values_are_refused_by_name(script, options):
     refusal(script, **options)
+
+
+@gymnasium_scripts
+@pytest.mark.parametrize(
+    "space",
+    [
+        Box(-1, 1, (1, 3)),
+        Box(-1, 1, ()),
+        Box(-1, 1, (0,)),
+        Box(0, 3, (2,), np.int64),
+        Box(np.float32([0, 0]), np.float32([0, 1])),
+        Box(-3.4e38, 3.4e38, (1,)),
+        Box(-np.inf, 1, (1,)),
+        Dict(),
+        None,
+    ],
+    ids=str,
+)
+def test_spaces_that_do_not_fit_are_refused(script, space, monkeypatch):
+    """Broadcasting would let them train, wrongly. None: the observations are a sequence."""
+    env = PendulumEnv()
+    if space is None:
+        env.observation_space = Sequence(Box(0, 1))
+    else:
+        env.action_space = space
+    monkeypatch.setattr(gymnasium, "make", lambda *_, **__: env)
+    told = "observations" if space is None else "actions"
+    assert f"--env-id: Pendulum-v1 has {told} " in error_of(script, **SCRIPTS[script])
+
+
+@every_script
+def test_without_memory_there_is_a_sentence(script, monkeypatch):
+    """Python's own MemoryError says nothing."""
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(script, "train", fail)
+    with pytest.raises(SystemExit, match=f"{script.__name__}.py: error: out of memory"):
+        script.main(script.Args())
 
 
 @every(ddpl_mpe, ddpl_mamujoco, ddpl_isaaclab)
