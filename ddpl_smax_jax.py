@@ -137,7 +137,7 @@ class Algorithm:
     num_steps: int = 5
     """Steps of reward in the critics' target, before their own value of what comes after."""
     next_states: bool = False
-    """Let the policies learn at the states after these steps, not at the first: cheaper, but many are a battle's last."""
+    """Let the policies learn at the states after these steps, not at the first: cheaper, but many end a battle."""
     tau: float = 0.01
     """Step of the target critic towards the critic, each update."""
     average_decay: float = 0.99

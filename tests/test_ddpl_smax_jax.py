@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -380,22 +381,44 @@ def test_critics_treat_agents_alike():
 
 def test_the_dead_learn_nothing():
     """What a dead agent saw and did changes neither its own parameters nor the temperature."""
-    for policy in ("diffusion", "gaussian"):
+    for policy, next_states in product(("diffusion", "gaussian"), (False, True)):
         args, learner, _ = learners(policy)
+        args = replace(args, next_states=next_states)
         batch, _ = batches()
         alive = jnp.ones((N, B)).at[1].set(0)
+        seen = "next_obs" if next_states else "obs"
         key = jax.random.PRNGKey(0)
         results = []
         for shift in (0.0, 3.0):
-            moved = batch._replace(next_obs=batch.next_obs.at[1].add(shift))
-            results.append(smax.update(learner, moved, alive, args, key)[0])
-        for name in ("policy", "local_critic", "critic", "log_temperature"):
+            moved = batch._replace(**{seen: getattr(batch, seen).at[1].add(shift)})
+            results.append(smax.update(learner, moved, alive, alive, args, key)[0])
+        for name in ("policy", "local_critic", "log_temperature", *(("critic",) if next_states else ())):
             pairs = zip(jax.tree.leaves(getattr(results[0], name)), jax.tree.leaves(getattr(results[1], name)))
             for one, other in pairs:
                 np.testing.assert_allclose(one, other, atol=1e-6)
         change = jax.tree.map(lambda new, old: abs(new - old)[1].max(), results[0].policy, learner.policy)
         assert max(jax.tree.leaves(change)) == 0
         assert max(jax.tree.leaves(jax.tree.map(lambda x, y: abs(x - y)[0].max(), results[0].policy, learner.policy)))
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+@pytest.mark.parametrize("next_states", [False, True])
+def test_policies_learn_at_the_states_they_are_told_to(policy, next_states, monkeypatch):
+    """And at each with its own living; the diffusion policy's actions there are its own."""
+    args, learner, _ = learners(policy)
+    args = replace(args, next_states=next_states, actor_batch_size=B // 2)
+    batch, _ = batches()
+    alive, next_alive = jnp.ones((N, B)).at[0, :3].set(0), jnp.ones((N, B)).at[1, :3].set(0)
+    name, calls = f"update_{policy}", []
+    monkeypatch.setattr(smax, name, lambda *given: calls.append(given) or (given[0], {}))
+    smax.update(learner, batch, alive, next_alive, args, jax.random.PRNGKey(0))
+    ((_, (seen, state), obs, *actions, living, _, _),) = calls
+    rows = B // 2 if policy == "diffusion" else B
+    expected = (batch.next_obs, batch.next_state, next_alive) if next_states else (batch.obs, batch.state, alive)
+    assert (obs == expected[0][:, :rows]).all() and (seen == obs).all() and (state == expected[1][:rows]).all()
+    assert (living == expected[2][:, :rows]).all()
+    for drawn in actions:
+        assert drawn.shape == (N, rows, 4) and ((drawn == 0).all(-1) == (living == 0)).all()
 
 
 def test_the_living_are_those_with_health():
@@ -1108,7 +1131,7 @@ def test_a_shared_policy_is_one_for_all(policy):
     learner = smax.Learner.create(jax.random.PRNGKey(0), replace(args, shared_policy=True), N, O, S)
     assert {len(weights) for weights in jax.tree.leaves((learner.policy, learner.local_critic))} == {1}
     batch, _ = batches()
-    after, _ = smax.update(learner, batch, jnp.ones((N, B)), args, jax.random.PRNGKey(1))
+    after, _ = smax.update(learner, batch, jnp.ones((N, B)), jnp.ones((N, B)), args, jax.random.PRNGKey(1))
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, learner)
 
 
@@ -1119,7 +1142,7 @@ def test_average_of_the_weights(policy):
     args = replace(args, average_decay=0.75)
     learner = learner._replace(average_policy=jax.tree.map(lambda weights: weights + 1, learner.policy))
     batch, _ = batches()
-    after, _ = smax.update(learner, batch, jnp.ones((N, B)), args, jax.random.PRNGKey(1))
+    after, _ = smax.update(learner, batch, jnp.ones((N, B)), jnp.ones((N, B)), args, jax.random.PRNGKey(1))
     by_hand = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, learner.average_policy, after.policy)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after.average_policy, by_hand)
 
