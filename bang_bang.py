@@ -12,8 +12,9 @@ et al. 2017) has the settings of CleanRL's ppo_continuous_action.py, so that a G
 3. Policy and value function take minibatch steps on the clipped surrogate of the rollout.
 4. Evaluation plays the mode of the distribution, and samples of it.
 
-If the reward does not depend on the action, the optimal continuous-time policy maximises something linear in it, so it
-lies at the bounds. --action-cost subtracts a cost of acting from the reward, and shows where that ends.
+Where the dynamics are affine in the action and the reward does not depend on it, the optimal continuous-time policy
+maximises something linear in the action, so it lies at the bounds (but where that is constant for a while, a singular
+arc). --action-cost subtracts a cost of acting from the reward, and shows where that ends.
 docs/bang_bang.md numbers the implementation details and explains the logged scalars.
 
 To fork it for another distribution, write a class like BernoulliPolicy and name it in POLICIES and in --policy; for

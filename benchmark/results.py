@@ -48,7 +48,7 @@ PEERS = {  # benchmark: other people's arms, the benchmark where they are kept u
 }
 
 # What a benchmark is judged by, if not by the return
-SCORES = dict.fromkeys(("smax", "smax_often", "smax_ablations"), "win_rate") | dict.fromkeys(
+SCORES = dict.fromkeys(("smax", "smax_often", "smax_ablations", "smax_first"), "win_rate") | dict.fromkeys(
     ("isaaclab", "isaaclab_longer", "isaaclab_mappo"), "success_rate"
 )
 
@@ -322,7 +322,7 @@ def report() -> None:
             print("\n".join(table_rows(task)))
         print()
     print("| task | arm | steps | each seed | the defaults, each seed | difference |\n|---|---|---|---|---|---|")
-    for ablations, defaults in (("smax_ablations", "smax"), ("qvpo_parts", "qvpo_parts")):
+    for ablations, defaults in (("smax_first", "smax"), ("smax_ablations", "smax"), ("qvpo_parts", "qvpo_parts")):
         for task in sorted(path for path in (RESULTS / ablations).glob("*") if path.is_dir()):
             print("\n".join(ablation_rows(task, RESULTS / defaults / task.name)))
 
