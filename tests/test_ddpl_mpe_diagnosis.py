@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +65,58 @@ def test_a_force_brings_what_the_environment_says():
     said, brought = said - said.mean(0), brought - brought.mean(0)
     far = np.linalg.norm(obs[:, 0, 4:6], axis=-1) > 0.5
     assert far.sum() > 10 and np.corrcoef(said[:, far].ravel(), brought[:, far].ravel())[0, 1] > 0.95
+
+
+def test_all_forces_are_tried_with_the_same_random_numbers(monkeypatch):
+    """Only the first agent's first action differs between forces; critics see it among those of the other agents."""
+    played = []
+
+    class Env:
+        def step(self, actions):
+            played.append(actions.copy())
+            return np.zeros((4, 3, 5), dtype=np.float32), np.zeros(4)
+
+    for name in ("snapshot", "restore"):
+        monkeypatch.setattr(diagnosis, name, lambda *_: None)
+
+    def critics(state, actions):  # [2, E], of actions [N, E, D]
+        return actions.sum((0, 2)) * torch.tensor([[1.0], [3.0]])
+
+    obs = np.zeros((4, 3, 5), dtype=np.float32)
+    said, _ = diagnosis.compare(Env(), obs, lambda seen: torch.randn(4, 3, 2).numpy(), critics, 0.9)
+    tried = np.stack(played).reshape(8, diagnosis.ROLLOUTS, diagnosis.STEPS_TRIED, 4, 3, 2)
+    angles = np.arange(8)[:, None, None] * np.pi / 4
+    for axis, function in enumerate((np.cos, np.sin)):
+        assert np.allclose(tried[:, :, 0, :, 0, axis], function(angles), atol=1e-6)
+    np.testing.assert_allclose(said, 2 * tried[:, :, 0].sum((-1, -2)).mean(1), rtol=1e-4, atol=1e-5)
+    tried[:, :, 0, :, 0] = 0
+    assert (tried == tried[:1]).all() and (tried[:, 0, 0, :, 1:] != tried[:, 1, 0, :, 1:]).all()
+    assert 0.8 < tried[:, :, 0, :, 1:].std() < 1.2
+
+
+def test_average_policies_play_and_critics_are_asked_about_the_sampled_ones(monkeypatch):
+    for name in ("EPISODES", "STATES", "ROLLOUTS"):
+        monkeypatch.setattr(diagnosis, name, 2)
+    played = []
+
+    class Policy:
+        def __init__(self, name):
+            self.name = name
+
+        def sample(self, obs, deterministic=False):
+            played.append((self.name, deterministic))
+            return torch.zeros(*obs.shape[:2], 2)
+
+    learner = SimpleNamespace(
+        args=mpe.Args(),
+        mask=torch.ones(3, 2),
+        policy=Policy("policy"),
+        average_policy=Policy("average"),
+        critic=lambda state, actions: actions[0, :, 0].expand(2, -1),
+    )
+    monkeypatch.setattr(diagnosis, "load", lambda folder: learner)
+    diagnosis.main(["run"])
+    assert list(dict.fromkeys(played)) == [("average", True), ("policy", False)]
 
 
 def test_a_row_says_how_sure_it_is(monkeypatch):
