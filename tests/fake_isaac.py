@@ -23,7 +23,7 @@ class FakeMARLEnv(gym.Env):
     Like Isaac Lab it starts an ended episode anew in the same step, and keeps the last final observations for ever.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, **registered):
         self.cfg, self.possible_agents, self.num_envs = cfg, ["left", "right"], cfg.num_envs
         self.sizes = {"left": (2, 2), "right": (1, 1)}
         self.state_space = Box(-9, 9, (cfg.state_space,)) if cfg.state_space > 0 else None
@@ -119,7 +119,7 @@ def install(version=3, state_space=-1, bounds=(-float("inf"), float("inf"))):
     tasks["isaaclab_tasks.utils.parse_cfg"].parse_env_cfg = parse_env_cfg
     for task in (TASK, ONE_AGENT):
         gym.registry.pop(task, None)
-        gym.register(task, entry_point=FakeMARLEnv, disable_env_checker=True)
+        gym.register(task, entry_point=FakeMARLEnv, disable_env_checker=True, kwargs={"env_cfg_entry_point": None})
     if version == 3:
         app.launch_simulation = launch_simulation
         return modules | tasks, events

@@ -11,14 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_isaac
 import pytest
 import torch
 import torch.multiprocessing as mp
 from gymnasium.spaces import Box
-from helpers import command, equal, error_of, evaluations, global_step, recorded, wait_for
+from helpers import checkpoint_of, command, equal, error_of, evaluations, global_step, recorded, scalars, wait_for
 
 import ddpl_isaaclab
 from ddpl_isaaclab import Args, Batch, Learner, make_env, train
@@ -75,7 +77,7 @@ def test_actions_are_scaled_where_there_are_bounds(fake):
 
 @pytest.mark.parametrize("options", [dict(), dict(version=2), dict(state_space=4)], ids=str)
 def test_replay_holds_true_next_observations_or_does_not_bootstrap(options, fake, monkeypatch):
-    """Known are the final observations in 3.0, and the final states too where they consist of observations.
+    """Known are the final observations in 3.0, and of use where the state consists of them.
 
     After a reset the environments' clocks stand apart, which the observations show from the next step on.
     """
@@ -84,9 +86,9 @@ def test_replay_holds_true_next_observations_or_does_not_bootstrap(options, fake
     x, pushes = rows.obs[..., 0, 0], rows.actions.sum((-1, -2))
     final_x, clock = x + 0.2 * pushes, rows.next_obs[..., 0, 1]
     fell = final_x.abs() > 1
-    late = (clock == fake_isaac.LENGTH) | (clock == 0) & ~fell  # 0: of the next episode, in 2.3
+    late = (clock == fake_isaac.LENGTH) | (clock == 0) & ~fell  # 0: of the next episode
     assert fell.any() and late.any() and (fell & ~late).any()
-    known = torch.ones_like(fell) if options.get("version") != 2 else ~(fell | late)
+    known = ~(fell | late) if options else torch.ones_like(fell)
     torch.testing.assert_close(rows.next_obs[..., 0, 0][known], final_x[known])
     assert torch.equal(rows.terminated.bool(), fell | late if options else fell)
     checkpoint_or_evaluation = torch.zeros(199, dtype=torch.bool)
@@ -97,7 +99,7 @@ def test_replay_holds_true_next_observations_or_does_not_bootstrap(options, fake
     assert all(len(set(clocks.tolist())) > 3 for clocks in clock[reset])
     continues = (rows.next_obs[:-1] == rows.obs[1:]).flatten(2).all(-1)
     ends = (fell | late)[:-1] | checkpoint_or_evaluation[:, None]
-    assert torch.equal(continues, ~ends | ((options.get("version") == 2) & ~checkpoint_or_evaluation[:, None]))
+    assert torch.equal(continues, ~ends | (bool(options) & ~checkpoint_or_evaluation[:, None]))
     if "state_space" in options:
         assert rows.state.shape[-1] == 4 and torch.equal(rows.state[..., 2], x)
 
@@ -109,8 +111,11 @@ def test_isaac_lab_2_starts_isaac_sim_first(fake):
     assert events == ["launch"]
 
 
-def test_success_is_what_the_task_counts_or_an_episode_to_the_time_limit(fake):
-    """Of one episode per environment: those that start anew in the same evaluation do not count."""
+def test_returns_and_successes_of_an_evaluation(fake):
+    """Of one episode per environment: those that start anew in the same evaluation do not count.
+
+    A success is what the task counts, or an episode to the time limit.
+    """
 
     class Standing:
         def sample(self, obs, deterministic):
@@ -120,13 +125,48 @@ def test_success_is_what_the_task_counts_or_an_episode_to_the_time_limit(fake):
 
     fake()
     with make_env(Args(task=fake_isaac.TASK, num_envs=8, device="cpu")) as env:
-        returns, success_rate = ddpl_isaaclab.evaluate(Standing(), env, True, 0)
-        assert success_rate == 0.75 and returns.shape == (8,) and returns[::4].max() < returns[1:4].min()
+        returns, success_rate = ddpl_isaaclab.evaluate(Standing(), env, True, 7)
+        x = env.reset(int(ddpl_isaaclab.episode_seeds(1, 7, 0, 1)[0]))[0][:, 0, :1]
+        x = x + 0.6 * torch.tensor([1.0, 0, 0, 0] * 2)[:, None] * torch.arange(1, fake_isaac.LENGTH + 1)
+        counts = torch.cat([torch.ones(8, 1), (x[:, :-1].abs() <= 1).float()], 1)  # up to the step in which it falls
+        assert success_rate == 0.75 and (counts.sum(1) < 4).tolist() == [True, False, False, False] * 2
+        assert returns == pytest.approx((counts * 1.5 * (1 - x**2)).sum(1).numpy(), rel=1e-4)
         env.env.extras["log"] = {"Metrics/success_rate": torch.tensor(0.5)}
         assert ddpl_isaaclab.evaluate(Standing(), env, True, 0)[1] == pytest.approx(0.5, abs=0.13)
 
 
 # ---- training, on the stand-in
+
+
+def test_training_returns_are_of_the_episodes_since_the_last_point(fake, monkeypatch):
+    """Here of those that end from step 240 to 320, each from its own start."""
+    fake()
+    rows = recorded(ddpl_isaaclab, monkeypatch, **FAKE | dict(total_timesteps=320, steps_per_update=80))
+    late = rows.next_obs[..., 0, 1] == fake_isaac.LENGTH
+    returns, successes = [], []
+    for copy in range(8):
+        ends = [-1, *(rows.terminated[:, copy].bool() | late[:, copy]).nonzero().flatten().tolist()]
+        for before, end in zip(ends, ends[1:]):
+            if end >= 30:
+                returns.append(rows.reward[before + 1 : end + 1, copy].sum().item())
+                successes.append(not rows.terminated[end, copy])
+    (run_dir,) = Path("runs").iterdir()
+    for name, values in (("returns", returns), ("success_rate", successes)):
+        step, value = scalars(run_dir)[f"{name}/training"][-1]
+        assert step == 320 and float(value) == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_seconds_are_those_of_training(fake, monkeypatch):
+    """Not of evaluations, each of which lasts a thousand here."""
+    fake()
+    evaluate, waited = ddpl_isaaclab.evaluate, []
+    monkeypatch.setattr(ddpl_isaaclab, "evaluate", lambda *args: (waited.append(1_000), evaluate(*args))[1])
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(waited))
+    monkeypatch.setattr(ddpl_isaaclab, "time", clock)
+    result = train(Args(**FAKE | dict(learning_starts=1_500)))
+    rows = csv.DictReader(open(Path(result["run_dir"]) / "evaluations.csv"))
+    assert [float(row["seconds"]) < 1_000 for row in rows] == [True] * 4
+    assert checkpoint_of(result)["progress"]["seconds"] < 1_000 and len(waited) == 4
 
 
 def test_a_step_stays_on_the_simulations_device(fake, monkeypatch):
@@ -633,7 +673,10 @@ def test_without_isaac_lab(monkeypatch):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("task, reason", [("Isaac-Fake-MARL", "knows no"), (fake_isaac.ONE_AGENT, "single agent")])
+@pytest.mark.parametrize(
+    "task, reason",
+    [("Isaac-Fake-MARL", "knows no"), ("CartPole-v1", "knows no"), (fake_isaac.ONE_AGENT, "single agent")],
+)
 def test_other_tasks_name_the_choices(task, reason, fake):
     fake()
     message = error_of(ddpl_isaaclab, task=task)

@@ -9,13 +9,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
 import pytest
 import torch
 from gymnasium_robotics import mamujoco_v1
-from helpers import checkpoint_of, command, error_of, kill_and_resume, recorded
+from helpers import checkpoint_of, command, error_of, kill_and_resume, recorded, scalars
 
 import ddpl_mamujoco
 from ddpl_mamujoco import CONFIGURATIONS, Args, RunError, StackedAgents, evaluate, train, vector_env
@@ -125,7 +126,12 @@ def test_the_docstring_names_the_lines_to_change_for_another_task(tmp_path):
     spec.loader.exec_module(fork)
     result = fork.train(fork.Args(**SMALL | dict(total_timesteps=400), team_size=3))
     assert Path(result["run_dir"]).name.startswith("my_spread__spread-3__1__")
-    assert len(checkpoint_of(result)["buffer"]["data"][0]) == 400 and result["final_return"] < 0
+    stored = fork.Batch(*checkpoint_of(result)["buffer"]["data"])
+    assert len(stored.obs) == 400 and result["final_return"] < 0
+    assert not stored.terminated.any()  # its episodes end by their time limit of 25 steps, beyond which values go on
+    episodes = stored.reward.view(4, 25, 4).sum(1).mean(1)
+    logged = scalars(result["run_dir"])["returns/training"]
+    assert [float(value) for _, value in logged] == pytest.approx(episodes[2:].tolist(), abs=1e-4)
 
 
 # ---- training loop
@@ -156,6 +162,12 @@ def test_one_transfer_a_step(monkeypatch):
     monkeypatch.setattr(ddpl_mamujoco, "evaluate", lambda *_, **__: np.zeros(1))
     train(Args(**SMALL | HOPPER | dict(total_timesteps=400)))
     assert moved.count(4) == 100 and 1 < moved.count(2) <= len(starts) and len(moved) == 100 + moved.count(2)
+
+
+def test_every_episode_of_an_evaluation_is_another():
+    """Also the first beyond those of the 25 copies."""
+    policy = SimpleNamespace(mask=torch.ones(3, 1, 1), sample=lambda obs, _: -torch.ones(3, obs.shape[1], 1))
+    assert len(set(evaluate(policy, Args(**HOPPER), 26, True, seed=0))) == 26
 
 
 @pytest.mark.parametrize("at", ["reset", "step"])

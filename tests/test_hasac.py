@@ -1,6 +1,8 @@
 """benchmark/hasac.py: our tasks as HARL steps them. HARL itself is not installed here; a stand-in takes its place."""
 
+import csv
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,13 +15,34 @@ import ddpl_mamujoco
 import ddpl_mpe
 
 
+class HARLsRunner:
+    """HARL's loop after the warm-up, without steps, and three actors that only move where they may sample.
+
+    `learning` holds the settings of the last one made.
+    """
+
+    learning = None
+
+    def __init__(self, main_args, learning, task):
+        HARLsRunner.learning = learning
+        self.envs = sys.modules["harl.runners.off_policy_base_runner"].make_train_env()
+        act = lambda obs, available, stochastic: torch.full((len(obs), 2), float(stochastic))  # noqa: E731
+        self.actor = [SimpleNamespace(get_actions=act)] * 3
+
+    def run(self):
+        training = self.learning["train"]
+        interval = training["eval_interval"]
+        for step in range(interval, training["num_env_steps"] // 20 + 1, interval):
+            self.eval(training["warmup_steps"] + 20 * step)
+
+
 @pytest.fixture
 def hasac(monkeypatch):
     for name in ("harl", "harl.runners", "harl.runners.off_policy_base_runner", "harl.runners.off_policy_ha_runner"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules["harl"].__file__ = "HARL/harl/__init__.py"
     sys.modules["harl.runners"].off_policy_base_runner = sys.modules["harl.runners.off_policy_base_runner"]
-    sys.modules["harl.runners.off_policy_ha_runner"].OffPolicyHARunner = object
+    sys.modules["harl.runners.off_policy_ha_runner"].OffPolicyHARunner = HARLsRunner
     yield importlib.import_module("benchmark.hasac")
     del sys.modules["benchmark.hasac"]
 
@@ -68,6 +91,14 @@ def test_a_robot_that_falls_is_no_time_limit(hasac):
     assert (copies.episodes >= 2).all()
 
 
+def test_a_fall_in_the_last_step_is_no_time_limit(hasac, monkeypatch):
+    copies = hasac.Copies(hasac.Args(), 1)
+    seen = copies.start(0)
+    monkeypatch.setattr(copies.envs[0], "step", lambda actions: (seen, 0.0, True, True, {}))
+    *_, dones, infos, _ = copies.step(np.zeros((1, 3, 2)))
+    assert dones.all() and not infos[0][0]["bad_transition"]
+
+
 def test_a_robots_agents_see_what_they_see_in_harl(hasac, monkeypatch):
     """The whole state and their number, each vector standardised over its own numbers; also in our evaluations."""
     args = hasac.Args(scenario="HalfCheetah", agent_conf="2x3", seed=4)
@@ -95,6 +126,32 @@ def test_a_robots_agents_see_what_they_see_in_harl(hasac, monkeypatch):
     monkeypatch.setattr(ddpl_mamujoco, "write_evaluations", lambda *_: None)
     hasac.Runner.evaluate(policy, 0, 2)
     assert set(seen) == {(2, 2, 19)} and ddpl_mamujoco.StackedAgents is not hasac.SeeingAll
+
+
+def test_a_run_keeps_harls_settings_and_evaluates_where_due(hasac, monkeypatch, tmp_path):
+    """The steps of the warm-up are among those of the run."""
+    algo, training = {"gamma": 0.9, "auto_alpha": False}, {"warmup_steps": 10_000, "n_rollout_threads": 20}
+    learning = dict(algo=algo, train=training, seed={"seed": 1}, device={"cuda": True}, logger={"log_dir": "./results"})
+    path = tmp_path / "pettingzoo_mpe" / "simple_spread_v2-continuous" / "hasac" / "config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"algo_args": learning, "env_args": {}, "main_args": {}}))
+    monkeypatch.setattr(hasac, "TUNED", tmp_path)
+
+    def evaluate(policy, args, episodes, deterministic, seed):
+        return np.full(episodes, policy.sample(torch.zeros(3, 1, 18), deterministic).mean().item())
+
+    monkeypatch.setattr(ddpl_mpe, "evaluate", evaluate)
+    hasac.main(hasac.Args(total_timesteps=16_000, eval_interval=4_000, seed=3))
+    assert HARLsRunner.learning["algo"] == algo and HARLsRunner.learning["seed"] == {"seed": 3}
+    assert HARLsRunner.learning["train"] == training | {"num_env_steps": 6_000, "eval_interval": 100}
+    (run_dir,) = Path("runs").iterdir()
+    rows = [list(row.values()) for row in csv.DictReader(open(run_dir / "evaluations.csv"))]
+    assert [(int(step), mode, float(mean), int(n)) for step, _, mode, mean, _, n in rows] == [
+        (step, mode, mode == "stochastic", episodes)
+        for step, episodes in ((12_000, 40), (16_000, 200))
+        for mode in ("stochastic", "deterministic")
+    ]
+    assert json.loads((run_dir / "result.json").read_text())["final_return"] == 0
 
 
 def test_temperatures_start_and_aim_as_ours(hasac):
