@@ -343,6 +343,18 @@ def test_stopped_and_resumed_equals_never_stopped(script, finished):
     assert equal(scalars(run_dir), scalars(finished))
 
 
+def test_isaac_labs_log_points_before_the_first_update_change_nothing():
+    """Each draws random numbers of training's, also where a resumed run has made no update yet."""
+    options = SCRIPTS[ddpl_isaaclab] | dict(log_interval=8)
+    whole = Path(ddpl_isaaclab.train(ddpl_isaaclab.Args(**options))["run_dir"])
+    with pytest.raises(ddpl_isaaclab.Stopped) as stopped:
+        ddpl_isaaclab.train(ddpl_isaaclab.Args(**options), signals=AfterChecks(60))
+    run_dir = Path(str(stopped.value).rpartition(" ")[2])
+    assert loaded(run_dir)["progress"]["global_step"] == 400
+    ddpl_isaaclab.train(ddpl_isaaclab.Args(resume=str(run_dir)))
+    assert not differing(loaded(run_dir), loaded(whole)) and evaluations(run_dir) == evaluations(whole)
+
+
 @every_script
 def test_stopped_before_the_last_evaluation(script, finished, monkeypatch):
     signals, save = [], script.save_checkpoint
