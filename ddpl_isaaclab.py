@@ -1244,7 +1244,7 @@ def training_loop(
             finished.zero_()
             for name, value in scalars.items() if writer else ():
                 writer.add_scalar(name, value, progress.global_step)
-            temperature = scalars["policy/temperature"]
+            temperature = learner.log_temperature.exp().mean().item()
             bar.set_postfix({"return": f"{episode_return:.2f}", "temp": f"{temperature:.4f}"})
         if due(args.eval_interval) and progress.global_step < args.total_timesteps:
             log_evaluation()
