@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import OnMeta, checkpoint_of, equal, error_of, recorded
+from helpers import OnMeta, checkpoint_of, equal, error_of, recorded, scalars
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
@@ -73,7 +73,19 @@ def test_bfloat16_samples_nearly_the_same():
     assert not torch.equal(*samples)
 
 
-# ---- candidates and weights
+# ---- networks, candidates and weights
+
+
+def test_weights_start_as_truncated_normals():
+    """Of deviation 1 / (2 sqrt(fan_in)), of which the cut at two deviations leaves 0.88."""
+    model = learner(hidden=256)
+    policy, critic = model.policy, model.critic
+    weights = {256: (policy.hidden[0].weight, policy.epsilon.weight, critic.hidden[1].weight, critic.value.weight)}
+    weights |= {40: (policy.time.weight, policy.noisy_action.weight), 8: (critic.observation.weight, critic.action)}
+    for fan_in, drawn in weights.items():
+        for weight in drawn:
+            assert weight.abs().max() <= fan_in**-0.5
+            assert weight.std().item() == pytest.approx(0.44 * fan_in**-0.5, rel=0.1)
 
 
 def test_weights_by_hand():
@@ -160,7 +172,7 @@ def test_gradient_is_that_of_weighted_behaviour_cloning():
 @pytest.mark.parametrize("q_transform", ["qadv", "qcut"])
 def test_update_is_the_published_one(q_transform):
     """Losses and every parameter after three updates, from the same random numbers and with the same activation."""
-    model, batch = learner(hidden=32, q_transform=q_transform), random_batch()
+    model, batch = learner(hidden=32, q_transform=q_transform, actor_lr=1e-3, critic_lr=2e-4), random_batch()
     published = PublishedLearner(model, F.silu)
     for seed in range(3):
         torch.manual_seed(seed)
@@ -325,6 +337,38 @@ def test_every_task_is_flat_float32_and_takes_unit_actions(env_id):
         assert reward == pytest.approx(their_reward, rel=1e-4, abs=1e-5)
 
 
+class Short(gym.Env):
+    """Episodes of two or five steps that pay 1 each."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = self.np_random.choice([2, 5])
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(2, np.float32), 1.0, bool(self.left == 0), False, {}
+
+
+gym.register("Short-v0", Short)
+
+
+def test_evaluation_returns_are_sums_of_rewards():
+    returns = qvpo.evaluate(lambda obs: np.zeros((len(obs), 1), np.float32), Args(env_id="Short-v0"), 30, seed=0)
+    assert len(returns) == 30 and {*returns} == {2, 5}
+
+
+def test_training_returns_are_those_of_the_copies_that_ended():
+    result = train(Args(**SMALL | dict(env_id="Short-v0", num_envs=2, total_timesteps=300, log_interval=2)))
+    assert {float(value) for _, value in scalars(result["run_dir"])["returns/training"]} == {2, 3.5, 5}
+
+
 @pytest.fixture(scope="module")
 def pendulums(tmp_path_factory):
     """What two copies of Pendulum store, which is cut at 200 steps; the checkpoint at 500 starts both copies anew."""
@@ -356,6 +400,52 @@ def test_terminated_transitions_say_so(monkeypatch):
     checkpoints = torch.zeros_like(continues)
     checkpoints[[124, 249, 374]] = True
     assert torch.equal(continues, ~(rows.terminated[:-1].bool() | checkpoints))
+
+
+# ---- training loop
+
+
+def test_the_loop_plays_and_learns_what_its_arguments_say(monkeypatch):
+    """Uniform actions at first, then the best of K_b; an update every four steps, the policy's at states of its own."""
+    played, learned = [], []
+    act, update = Learner.act, qvpo.update
+
+    def note_act(self, obs, num_candidates):
+        played.append(num_candidates)
+        return act(self, obs, num_candidates)
+
+    def note_update(model, batch, obs, weight):
+        learned.append((weight.item(), obs is not None, obs is not None and torch.equal(obs, batch.obs)))
+        return update(model, batch, obs, weight)
+
+    monkeypatch.setattr(Learner, "act", note_act)
+    monkeypatch.setattr(qvpo, "update", note_update)
+    monkeypatch.setattr(qvpo, "evaluate", lambda *_: np.zeros(1))
+    warm_up = recorded(qvpo, monkeypatch, **SMALL, behavior_candidates=3).actions[:100]
+    assert warm_up.min() < -0.9 and warm_up.max() > 0.9 and abs(warm_up.mean()) < 0.2
+    assert played == [3] * 800
+    weights, policy_too, same = zip(*learned)
+    assert weights == pytest.approx([max(0.002, 0.02 * (1 - step / 900)) for step in range(101, 900, 4)])
+    assert policy_too == (True, False) * 100 and not any(same)
+
+
+def test_a_resumed_run_logs_the_same_points(monkeypatch):
+    """Also where the policy learned last before the checkpoint, and the point that shows it comes after."""
+    options = SMALL | dict(total_timesteps=760, learning_starts=90, steps_per_update=1, policy_frequency=40)
+    options |= dict(log_interval=40, checkpoint_interval=350)
+    whole = train(Args(**options))["run_dir"]
+    signals, save = [], qvpo.save_checkpoint
+
+    def stop_at_700(run_dir, args, progress, *rest):
+        save(run_dir, args, progress, *rest)
+        signals.extend([2] * (progress.global_step == 700))
+
+    monkeypatch.setattr(qvpo, "save_checkpoint", stop_at_700)
+    with pytest.raises(qvpo.Stopped):
+        train(Args(**options), signals=signals)
+    (stopped,) = {str(path) for path in Path("runs").iterdir()} - {whole}
+    train(Args(resume=stopped))
+    assert scalars(stopped) == scalars(whole)
 
 
 # ---- presets
