@@ -145,6 +145,8 @@ class Args(Run, Algorithm, Task):
     """Train a policy by plain or natural policy gradient, with or without recursive variance reduction."""
 
 
+LONGEST_EPISODE = 20_000  # steps of an evaluation's episode of a task without a time limit
+
 EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "return_mean", "return_std", "episodes", "trajectories")
 
 
@@ -234,12 +236,12 @@ class Trajectories(NamedTuple):
     running: Tensor  # [N, H], 1 or 0
 
 
-def importance_weights(log_prob: Tensor, log_prob_sampled: Tensor, running: Tensor) -> Tensor:
-    """w_{0:h} [N, H], the ratio of the probabilities of actions 0 to h, under another policy over the one that played.
+def log_importance_weights(log_prob: Tensor, log_prob_sampled: Tensor, running: Tensor) -> Tensor:
+    """log w_{0:h} [N, H], of the probability of actions 0 to h under another policy over that under the one playing.
 
     Products are sums of logarithms; after the end of an episode there are no actions, so the weight stays.
     """
-    return ((log_prob - log_prob_sampled) * running).cumsum(-1).exp()
+    return ((log_prob - log_prob_sampled) * running).cumsum(-1)
 
 
 def mean_of_others(reward: Tensor) -> Tensor:
@@ -257,25 +259,29 @@ def rewards_to_go(reward: Tensor, weight: Tensor, gamma: float, baseline: str) -
 def trajectory_gradients(
     policy: Softmax, theta: Tensor, batch: Trajectories, gamma: float, baseline: str, sampled: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """GPOMDP's g(tau | theta) [N, P] of each trajectory, and the weights [N, H], here 1.
+    """GPOMDP's g(tau | theta) [N, P] of each trajectory, and the logarithms of the weights [N, H], here 0.
 
     With `sampled`, the parameters that played, it is g_w(tau | theta), whose mean is the gradient at theta all the
     same, and the weights are importance weights. They count as constants: no gradient flows through them.
     """
-    weight = torch.ones_like(batch.reward)
+    log_weight = torch.zeros_like(batch.reward)
     if sampled is not None:
         log_probs = (policy.log_prob(parameters, batch.obs, batch.action) for parameters in (theta, sampled))
-        weight = importance_weights(*log_probs, batch.running)
-    to_go = rewards_to_go(batch.reward, weight, gamma, baseline) * batch.running
+        log_weight = log_importance_weights(*log_probs, batch.running)
+    to_go = rewards_to_go(batch.reward, log_weight.exp(), gamma, baseline) * batch.running
 
     def surrogate(theta: Tensor, obs: Tensor, action: Tensor, to_go: Tensor) -> Tensor:
         return (policy.log_prob(theta, obs, action) * to_go).sum()
 
-    return vmap(grad(surrogate), (None, 0, 0, 0))(theta, batch.obs, batch.action, to_go), weight
+    return vmap(grad(surrogate), (None, 0, 0, 0))(theta, batch.obs, batch.action, to_go), log_weight
 
 
-def effective_sample_size(weight: Tensor) -> Tensor:
-    """(sum w)^2 / (N sum w^2) [], of the weights [N] of whole trajectories: from 1 / N (one counts) to 1 (all do)."""
+def effective_sample_size(log_weight: Tensor) -> Tensor:
+    """(sum w)^2 / (N sum w^2) [], of the weights of whole trajectories: from 1 / N (one counts) to 1 (all do).
+
+    Here relative to the largest, from their logarithms [N]: all may be too small, or too large, for a number.
+    """
+    weight = (log_weight - log_weight.max()).exp()
     return weight.sum() ** 2 / weight.square().sum() / len(weight)
 
 
@@ -413,10 +419,10 @@ def update(policy: Softmax, learner: Learner, batch: Trajectories, args: Args) -
 
     # 2. Correct.
     else:
-        before, weight = trajectory_gradients(policy, learner.before, batch, args.gamma, args.baseline, theta)
+        before, log_weight = trajectory_gradients(policy, learner.before, batch, args.gamma, args.baseline, theta)
         estimate = learner.estimate + (gradients - before).mean(0)
-        metrics["weights/effective_sample_size"] = effective_sample_size(weight[:, -1])
-        metrics["weights/largest"] = weight.max()
+        metrics["weights/effective_sample_size"] = effective_sample_size(log_weight[:, -1])
+        metrics["weights/largest"] = log_weight.max().exp()
 
     # 3. Step.
     direction = estimate
@@ -650,9 +656,13 @@ class GymTask:
             for wave in range(math.ceil(episodes / len(envs))):
                 seeds = episode_seeds(1, seed, wave, len(envs))
                 obs = np.stack([env.reset(seed=int(s))[0] for env, s in zip(envs, seeds)]).astype(np.float64)
-                total = np.zeros(len(envs))
+                total, step = np.zeros(len(envs)), 0
                 playing = list(range(len(envs)))
                 while playing:
+                    if step == LONGEST_EPISODE and envs[0].spec.max_episode_steps is None:
+                        reason = f"has no time limit, and an evaluation's episode of it does not end in {step} steps"
+                        raise RunError(f"--env-id: {self.args.env_id} {reason}; choose a task with max_episode_steps")
+                    step += 1
                     if video and not wave and 0 in playing:
                         film.append(envs[0].render()[::2, ::2])
                     if not np.isfinite(obs).all():

@@ -60,15 +60,15 @@ def slopes(x: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def gradients_of(task: TabularTask, played: Tensor, count: int, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean gradient [P], at the parameters that played or at others, and the last weights [count]."""
+    """Mean gradient [P], at the parameters that played or at others, and the logarithms of the last weights [count]."""
     batch = task.play(played, count, 0, 0)
     return mean_gradient(task, played, batch, at)
 
 
 def mean_gradient(task: TabularTask, played: Tensor, batch, at: Tensor | None) -> tuple[Tensor, Tensor]:
     parameters, sampled = (played, None) if at is None else (at, played)
-    gradients, weight = trajectory_gradients(task.policy, parameters, batch, task.args.gamma, "others", sampled)
-    return gradients.mean(0), weight[:, -1]
+    gradients, log_weight = trajectory_gradients(task.policy, parameters, batch, task.args.gamma, "others", sampled)
+    return gradients.mean(0), log_weight[:, -1]
 
 
 def recursive_estimate(task: TabularTask, path: list[Tensor], large: int, small: int) -> Tensor:
@@ -107,7 +107,10 @@ def measure_bias() -> list[dict]:
 
 
 def follow(algorithm: str, rate: float, seed: int, watch: Callable | None = None) -> np.ndarray:
-    """Train on the MDP; J* - J without end at CHECKPOINTS [len]. `watch` sees each learner before and after a step."""
+    """Train on the MDP; J* - J without end at CHECKPOINTS [len], each after the last step that was played by then.
+
+    `watch` sees each learner before and after a step.
+    """
     args = Args(**SETTINGS, algorithm=algorithm, learning_rate=rate, seed=seed)
     torch.manual_seed(seed)
     task = TabularTask(args, torch.device("cpu"))
@@ -124,7 +127,7 @@ def follow(algorithm: str, rate: float, seed: int, watch: Callable | None = None
             watch(task, before, learner, batch)
         reached.append(played)
         gaps.append(optimum - float(exact_return(task.mdp, action_probs(task.mdp, learner.theta), args.gamma)))
-    return np.array(gaps)[np.searchsorted(reached, CHECKPOINTS)]
+    return np.array(gaps)[np.searchsorted(reached, CHECKPOINTS, side="right") - 1]
 
 
 def measure_variance() -> list[dict]:
@@ -145,8 +148,8 @@ def measure_variance() -> list[dict]:
                     fresh, _ = gradients_of(task, before.theta, 9)
                     theirs.append(float((fresh - exact).square().sum()))
                     if len(batch.reward) == SETTINGS["small_batch"]:
-                        _, weight = mean_gradient(task, before.theta, batch, before.before)
-                        ess.append(float(effective_sample_size(weight)))
+                        _, log_weight = mean_gradient(task, before.theta, batch, before.before)
+                        ess.append(float(effective_sample_size(log_weight)))
 
                 shortened(lambda rate=rate, a=algorithm, s=seed, w=watch: follow(a, rate, s, w))
                 ratios.append(np.mean(ours) / np.mean(theirs))

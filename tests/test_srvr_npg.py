@@ -1,5 +1,6 @@
 """srvr_npg.py: estimators by enumeration of all trajectories, Fisher matrix and solvers, four algorithms learning."""
 
+import csv
 import json
 import math
 from itertools import product
@@ -9,10 +10,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import checkpoint_of, command, error_of, evaluations, kill_and_resume
+from helpers import checkpoint_of, command, error_of, evaluations, kill_and_resume, scalars
 from torch.func import grad
 
 import srvr_npg
+from benchmark import srvr_npg_figures as figures
+from benchmark import srvr_npg_tables as tables
 from srvr_npg import MDP, Args, Gaussian, Softmax, Steps, Trajectories
 
 ALGORITHMS = ("pg", "npg", "srvr-pg", "srvr-npg")
@@ -84,10 +87,10 @@ def test_trajectories_have_probability_one_and_the_mean_return(two_states):
 def test_gpomdp_is_unbiased(two_states, tabular):
     (theta,) = thetas(1)
     batch, probability = all_trajectories(two_states, theta)
-    gradients, weight = srvr_npg.trajectory_gradients(tabular, theta, batch, GAMMA, "none")
+    gradients, log_weight = srvr_npg.trajectory_gradients(tabular, theta, batch, GAMMA, "none")
     exact = srvr_npg.exact_gradient(two_states, theta, GAMMA, HORIZON)
     torch.testing.assert_close(probability @ gradients, exact)
-    assert (weight == 1).all()
+    assert (log_weight == 0).all()
 
 
 def test_the_weighted_estimator_is_unbiased_at_other_parameters(two_states, tabular):
@@ -123,8 +126,8 @@ def test_the_recursion_is_unbiased(two_states, tabular, monkeypatch):
 
     def expectation(*options):
         """In the place of each trajectory's gradient, such that their mean is the expectation."""
-        gradients, weight = estimators(*options)
-        return gradients * probability[:, None] * len(probability), weight
+        gradients, log_weight = estimators(*options)
+        return gradients * probability[:, None] * len(probability), log_weight
 
     monkeypatch.setattr(srvr_npg, "trajectory_gradients", expectation)
     for _ in range(3):
@@ -137,11 +140,76 @@ def test_the_recursion_is_unbiased(two_states, tabular, monkeypatch):
         assert torch.equal(learner.before, here)
 
 
+def natural_by_hand(policy, theta, batch, damping):
+    """The map u -> inv(F + damping) u, with the Fisher matrix of the batch."""
+    matrix = srvr_npg.fisher_matrix(policy, theta, srvr_npg.visited(batch, GAMMA))
+    return lambda u: torch.linalg.solve(matrix + damping * torch.eye(len(u)).to(u), u)
+
+
+@pytest.mark.parametrize("algorithm", ["srvr-pg", "srvr-npg"])
+@pytest.mark.parametrize("updates", [0, 1, 2])
+def test_a_step_by_hand(two_states, tabular, algorithm, updates):
+    """From scratch and corrected: the estimate, and where it leads with and without the Fisher matrix."""
+    before, now, last = thetas(3)
+    args = Args(algorithm=algorithm, epoch_steps=3, gamma=GAMMA, baseline="none", learning_rate=0.3, damping=0.2)
+    learner = srvr_npg.new_learner(tabular)
+    learner = learner._replace(theta=now, before=before, estimate=last, updates=torch.tensor(updates))
+    batch, _ = all_trajectories(two_states, now)
+    u = srvr_npg.trajectory_gradients(tabular, now, batch, GAMMA, "none")[0].mean(0)
+    if updates:
+        u = last + u - srvr_npg.trajectory_gradients(tabular, before, batch, GAMMA, "none", now)[0].mean(0)
+    direction = natural_by_hand(tabular, now, batch, 0.2)(u) if algorithm == "srvr-npg" else u
+    learner, _ = srvr_npg.update(tabular, learner, batch, args)
+    torch.testing.assert_close(learner.estimate, u)
+    torch.testing.assert_close(learner.theta, now + 0.3 * direction)
+    assert torch.equal(learner.before, now) and learner.updates == updates + 1
+
+
+def test_metrics_by_hand(two_states, tabular):
+    """Of a corrected step on two trajectories, of which the second ends after one step."""
+    before, now, last = thetas(3)
+    probs_before, probs = (srvr_npg.action_probs(two_states, theta).numpy() for theta in (before, now))
+    played = [[(0, 1, 1.5), (1, 0, -0.7)], [(1, 1, 2.0)]]  # states, actions, rewards
+    obs = torch.zeros(2, 2, 2, dtype=torch.float64)
+    action, (reward, running) = torch.zeros(2, 2, 1, dtype=torch.int64), torch.zeros(2, 2, 2, dtype=torch.float64)
+    weights, gradients, visits = [], [], []
+    for i, steps in enumerate(played):
+        weight, score, gradient = 1.0, np.zeros((2, 2)), np.zeros((2, 2))  # [A, S], as theta
+        for t, (s, a, r) in enumerate(steps):
+            obs[i, t, s], action[i, t, 0], reward[i, t], running[i, t] = 1, a, r, 1
+            weight *= probs_before[s, a] / probs[s, a]
+            score[a, s] += 1
+            score[:, s] -= probs[s]
+            gradient += GAMMA**t * r * score
+            weights.append(weight)
+            visits.append((GAMMA**t, s, a))
+        gradients.append(gradient.flatten())
+    weights.append(weights[-1])  # after the end
+    args = Args(algorithm="srvr-pg", epoch_steps=3, gamma=GAMMA, baseline="none", learning_rate=0.3)
+    learner = srvr_npg.new_learner(tabular)
+    learner = learner._replace(theta=now, before=before, estimate=last, updates=torch.tensor(1))
+    learner, metrics = srvr_npg.update(tabular, learner, Trajectories(obs, action, reward, running), args)
+    after = srvr_npg.action_probs(two_states, learner.theta).numpy()
+    ends = weights[1], weights[3]
+    total = sum(visit for visit, _, _ in visits)
+    expected = {
+        "weights/effective_sample_size": sum(ends) ** 2 / sum(w**2 for w in ends) / 2,
+        "weights/largest": max(weights),
+        "policy/kl": sum(visit * math.log(probs[s, a] / after[s, a]) for visit, s, a in visits) / total,
+        "policy/entropy": -sum(visit * math.log(probs[s, a]) for visit, s, a in visits) / total,
+        "gradient/norm": float(learner.estimate.norm()),
+        "gradient/step_norm": 0.3 * float(learner.estimate.norm()),
+        "gradient/variance": ((gradients[0] - gradients[1]) ** 2).sum() / 4,
+    }
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected)
+
+
 def test_weights_by_brute_force(two_states, tabular):
     """Products of probabilities, one factor at a time, up to the end of each episode."""
     before, now = thetas(2)
     batch, _ = all_trajectories(two_states, now)
-    _, weight = srvr_npg.trajectory_gradients(tabular, before, batch, GAMMA, "none", now)
+    _, log_weight = srvr_npg.trajectory_gradients(tabular, before, batch, GAMMA, "none", now)
+    weight = log_weight.exp()
     ratio = srvr_npg.action_probs(two_states, before) / srvr_npg.action_probs(two_states, now)
     for i in range(len(weight)):
         expected = 1.0
@@ -153,13 +221,17 @@ def test_weights_by_brute_force(two_states, tabular):
 
 def test_long_products_of_small_probabilities_do_not_vanish():
     log_prob = torch.full((1, 5_000), -50.0, dtype=torch.float64)
-    weight = srvr_npg.importance_weights(log_prob, log_prob, torch.ones(1, 5_000))
-    assert (weight == 1).all()
+    log_weight = srvr_npg.log_importance_weights(log_prob, log_prob, torch.ones(1, 5_000))
+    assert (log_weight == 0).all()
 
 
-def test_effective_sample_size():
-    assert srvr_npg.effective_sample_size(torch.full((7,), 3.0)) == 1
-    assert srvr_npg.effective_sample_size(torch.tensor([0.0, 0, 0, 5])) == 0.25
+@pytest.mark.parametrize("scale", [0, -1_000, -260_000, 1_000])
+def test_effective_sample_size(scale):
+    """Whatever multiplies all weights, exp(scale), has no part in it, also where no number is as small or large."""
+    weights = {(3, 3, 3, 3, 3, 3, 3): 1, (0, 0, 0, 5): 0.25, (1, 3): 0.8}
+    for weight, expected in weights.items():
+        log_weight = torch.tensor(weight, dtype=torch.float64).log() + scale
+        assert float(srvr_npg.effective_sample_size(log_weight)) == pytest.approx(expected)
 
 
 def test_error_falls_as_the_root_of_the_number_of_trajectories():
@@ -327,6 +399,58 @@ def test_trajectories_of_gymnasium_end_where_the_episodes_do():
         assert not batch.running[i, lengths[i] :].any() and not batch.reward[i, lengths[i] :].any()
 
 
+def test_trajectories_of_the_mdp_end_where_the_episodes_do():
+    """Rewards are those of its table, and 0 after the end."""
+    task = srvr_npg.TabularTask(Args(env_id="tabular", horizon=40), torch.device("cpu"))
+    batch = task.play(thetas(1, task.policy.size)[0], 50, 0, 0)
+    ended = batch.running == 0
+    assert ended.any() and (batch.running[:, 0] == 1).all() and (batch.running.diff() <= 0).all()
+    assert (batch.reward[ended] == 0).all()
+    table = task.mdp.reward[batch.obs.argmax(-1), batch.action[..., 0]]
+    assert torch.equal(batch.reward[~ended], table[~ended]) and (table[ended] > 0).all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_evaluation_on_the_mdp_is_exact(deterministic):
+    task = srvr_npg.TabularTask(Args(env_id="tabular", gamma=0.9), torch.device("cpu"))
+    theta = thetas(1, task.policy.size)[0]
+    probs = theta.view(3, 5).T.softmax(1)
+    if deterministic:
+        probs = torch.stack([torch.eye(3, dtype=torch.float64)[row.argmax()] for row in probs])
+    expected = float(srvr_npg.exact_return(task.mdp, probs, 0.9))
+    assert task.evaluate(theta, deterministic, 2, 0).tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_evaluation_plays_the_mode_or_samples(deterministic):
+    """An episode replayed by hand from the same seed, of a policy whose mode balances for long."""
+    task = srvr_npg.GymTask(Args(hidden=1), torch.device("cpu"))
+    theta = torch.tensor([0, 0, 1, 1, 0, -1, 0, 1, 0], dtype=torch.float64)  # pushes where the pole falls
+    env, total = gym.make("CartPole-v1"), 0
+    found = task.evaluate(theta, deterministic, 1, 5)
+    obs, _ = env.reset(seed=int(srvr_npg.episode_seeds(1, 5, 0, 1)[0]))
+    torch.manual_seed(5)
+    ended = False
+    while not ended:
+        probs = task.policy.outputs(theta, torch.tensor(obs[None], dtype=torch.float64)).softmax(-1)
+        action = probs.argmax(-1) if deterministic else probs.multinomial(1)
+        obs, reward, terminated, truncated, _ = env.step(int(action))
+        total, ended = total + reward, terminated or truncated
+    assert found.tolist() == [total] and (total > 100) == deterministic
+
+
+def test_evaluations_without_a_time_limit_end(monkeypatch):
+    """A policy that walks into CliffWalking's wall for ever is told; tasks that end, or have a limit, are played."""
+    monkeypatch.setattr(srvr_npg, "LONGEST_EPISODE", 8)
+    task = srvr_npg.GymTask(Args(env_id="CliffWalking-v1"), torch.device("cpu"))
+    with pytest.raises(srvr_npg.RunError, match="--env-id: CliffWalking-v1 has no time limit, .* in 8 steps"):
+        task.evaluate(torch.zeros(task.policy.size, dtype=torch.float64), True, 2, 0)
+    for env_id in ("Blackjack-v1", "CartPole-v1"):
+        task = srvr_npg.GymTask(Args(env_id=env_id), torch.device("cpu"))
+        returns = task.evaluate(torch.zeros(task.policy.size, dtype=torch.float64), False, 30, 0)
+        assert len(returns) == 30 and (env_id == "Blackjack-v1" or returns.max() > 8)
+
+
 def test_continuous_actions_are_clipped_and_scaled():
     """Pendulum's torques lie in [-2, 2], the policy's in [-1, 1]."""
     env, plain = srvr_npg.make_env("Pendulum-v1"), gym.make("Pendulum-v1")
@@ -349,15 +473,18 @@ def test_trajectories_are_counted(algorithm, monkeypatch):
     assert result["trajectories"] == sum(played) == 200
 
 
-def test_adam_is_torchs(two_states, tabular):
-    args = Args(algorithm="pg", optimizer="adam", learning_rate=0.05, adam_beta2=0.99, gamma=GAMMA, baseline="none")
+@pytest.mark.parametrize("algorithm", ["pg", "npg"])
+def test_adam_is_torchs(two_states, tabular, algorithm):
+    """On the direction: the estimate, or the natural one."""
+    args = Args(algorithm=algorithm, optimizer="adam", learning_rate=0.05, gamma=GAMMA, baseline="none")
     learner = srvr_npg.new_learner(tabular)
     theirs = torch.nn.Parameter(learner.theta.clone())
     optimizer = torch.optim.Adam([theirs], lr=0.05, betas=(0.9, 0.99))
     for _ in range(4):
         batch, _ = all_trajectories(two_states, learner.theta)
+        natural = natural_by_hand(tabular, learner.theta, batch, args.damping)
         learner, _ = srvr_npg.update(tabular, learner, batch, args)
-        theirs.grad = -learner.estimate
+        theirs.grad = -(natural(learner.estimate) if algorithm == "npg" else learner.estimate)
         optimizer.step()
         torch.testing.assert_close(learner.theta, theirs.detach())
 
@@ -407,14 +534,28 @@ def test_nan_weights_are_never_saved(monkeypatch):
     assert all(value.isfinite().all() for value in checkpoint_of({"run_dir": run_dir})["learner"].values())
 
 
+def shift_log_weights(monkeypatch, shift):
+    log_weights = srvr_npg.log_importance_weights
+    monkeypatch.setattr(srvr_npg, "log_importance_weights", lambda *options: log_weights(*options) + shift)
+
+
 def test_importance_weights_that_overflow_stop_the_run(monkeypatch):
     """At the first corrected step, before anything is stored."""
-    weights = srvr_npg.importance_weights
-    monkeypatch.setattr(srvr_npg, "importance_weights", lambda *options: weights(*options) + math.inf)
+    shift_log_weights(monkeypatch, 1_000)
     message = error_of(srvr_npg, **SMALL)
-    assert "weights/effective_sample_size is NaN or infinite at step" in message
+    assert "weights/largest is NaN or infinite at step" in message
     (run_dir,) = Path("runs").iterdir()
     assert checkpoint_of({"run_dir": run_dir})["progress"]["global_step"] == 0
+
+
+def test_importance_weights_that_vanish_do_not_stop_the_run(monkeypatch):
+    """As numbers they are all 0, and so is their part in the estimate; the metrics are finite all the same."""
+    shift_log_weights(monkeypatch, -1_000)
+    result = srvr_npg.train(Args(**SMALL, learning_rate=1e-4))
+    assert result["trajectories"] == 200
+    curves = scalars(result["run_dir"])
+    assert {value for _, value in curves["weights/largest"]} == {"0.0"}
+    assert all(0.9 < float(value) <= 1 for _, value in curves["weights/effective_sample_size"])
 
 
 def test_evaluate_prints_the_exact_return(capsys):
@@ -489,3 +630,47 @@ def test_command_line(monkeypatch, capsys):
     assert [text.index(f"{group} options") for group in ("Task", "Algorithm", "Run")] == sorted(
         text.index(f"{group} options") for group in ("Task", "Algorithm", "Run")
     )
+
+
+# ---- benchmark/srvr_npg_figures.py and srvr_npg_tables.py
+
+
+@pytest.mark.parametrize(
+    "algorithm, reached", [("pg", (25, 50, 75)), ("npg", (25, 50, 75)), ("srvr-pg", (45, 45, 90)), ("pg", (100,))]
+)
+def test_gaps_are_those_of_the_trajectories_by_then(algorithm, reached, monkeypatch):
+    """J* - J after the last step at or before each checkpoint, none after it."""
+    checkpoints = np.array([45, 60, 90]) if len(reached) == 3 else np.array([100])
+    monkeypatch.setattr(figures, "TRAJECTORIES", 100)
+    monkeypatch.setattr(figures, "CHECKPOINTS", checkpoints)
+    gaps, played = {}, 0
+
+    def watch(task, before, after, batch):
+        nonlocal played
+        played += len(batch.reward)
+        value = srvr_npg.exact_return(task.mdp, srvr_npg.action_probs(task.mdp, after.theta), 0.9)
+        gaps[played] = srvr_npg.optimal_return(task.mdp, 0.9) - float(value)
+
+    found = figures.follow(algorithm, 0.3, 1, watch)
+    assert found.tolist() == pytest.approx([gaps[count] for count in reached])
+
+
+def test_a_missing_run_counts_as_the_worst(monkeypatch, tmp_path):
+    """Seed 2 has no file: MountainCar's worst is -99.9 at every evaluation, also in the table."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for task, algorithm in product(tables.WORST, ALGORITHMS):
+        (tmp_path / task).mkdir(exist_ok=True)
+        for seed in {*tables.SEEDS} - {2}:
+            rows = [dict(mode=mode, return_mean=seed + i) for i in range(3) for mode in ("stochastic", "deterministic")]
+            with open(tmp_path / task / f"{algorithm}_{seed}.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+    found = tables.returns("MountainCarContinuous-v0", "npg", "deterministic")
+    assert found.shape == (10, 3) and found[0].tolist() == [1, 2, 3] and found[9].tolist() == [10, 11, 12]
+    assert found[1].tolist() == [-99.9] * 3
+    assert tables.returns("CartPole-v1", "npg", "stochastic")[1].tolist() == [0] * 3
+    last = tables.MEASURES["sampled"]("MountainCarContinuous-v0", "pg")
+    assert last.mean() == pytest.approx((sum(range(1, 11)) - 2 + 9 * 2 - 99.9) / 10)
+    means = tables.bootstrap(np.full(10, 3.0), 0)
+    assert tables.estimate(3.0, means) == "3 [3, 3]"
