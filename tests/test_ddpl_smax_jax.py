@@ -131,7 +131,9 @@ def learners(policy="diffusion"):
     """The learner in JAX, and the same parameters in PyTorch."""
     sizes = dict(critic_hidden=16, actor_hidden=8, local_critic_hidden=8, actor_batch_size=B)
     args = Args(policy=policy, shared_policy=False, **sizes)
-    torch_args = ddpl_mamujoco.Args(**{k: getattr(args, k) for k in smax.run_arguments(args) if k in TORCH_FIELDS})
+    torch_args = ddpl_mamujoco.Args(
+        first_guess=False, **{k: getattr(args, k) for k in smax.run_arguments(args) if k in TORCH_FIELDS}
+    )
     ours = smax.Learner.create(jax.random.PRNGKey(0), args, N, O, S)
     critic = torch_critics(jax.random.PRNGKey(1), args)
     optimizers = ours.optimizers | {"critic": optax.adam(0.0).init(critic)}
