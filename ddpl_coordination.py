@@ -632,7 +632,8 @@ def check_args(args: Args) -> None:
     require(args, "hidden", args.hidden <= widest, f"at most {widest} {seeds}")
     require(args, "tolerance", 0 < args.tolerance <= 1 - PEAK, "above 0, at most 0.3, so that it stays inside the box")
     require(args, "bonus", 0 < args.bonus <= 1e3, "above 0, or there is nothing to coordinate, and at most 1000")
-    require(args, "learning_starts", args.learning_starts < args.total_timesteps, "below --total-timesteps")
+    last = (args.total_timesteps - 1) // args.num_envs * args.num_envs  # what has been played before the last step
+    require(args, "learning_starts", args.learning_starts <= last, f"at most {last}, or nothing is learned")
     for name in ("critic_lr", "actor_lr", "gaussian_lr", "temperature_lr"):
         require(args, name, 0 < getattr(args, name) < math.inf, "a number above 0")
     require(args, "init_temperature", 1e-6 <= args.init_temperature <= 1e6, "a number from 1e-6 to 1e6")

@@ -166,6 +166,16 @@ def test_gaussian_widens_where_all_actions_are_equal():
     assert (learner.policy.log_std > -1.9).all()
 
 
+def test_gaussian_climbs_the_critic():
+    """Its mean goes to where the critic is highest, from either side."""
+    learner = Learner(Args(num_seeds=1), "gaussian", 2)
+    learner.critic = Known(lambda joint: -(joint - torch.tensor([0.5, -0.5])).square().sum(-1))
+    for _ in range(200):
+        ddpl_coordination.update_gaussian(learner)
+    mean = learner.joint(learner.policy.sample(2000)).mean((0, 1))
+    torch.testing.assert_close(mean, torch.tensor([0.5, -0.5]), atol=0.1, rtol=0)
+
+
 # ---- learning
 
 
@@ -220,6 +230,8 @@ def test_diverging_run_says_where(policy, total_timesteps):
         ({"batch_size": 64.0}, "--batch-size"),
         ({"batch_size": 2 * 10**9}, "--batch-size"),
         ({"learning_starts": 8000}, "--learning-starts"),
+        ({"total_timesteps": 480, "learning_starts": 479}, "--learning-starts"),  # no step is left to learn from
+        ({"total_timesteps": 480, "num_envs": 4096}, "--learning-starts"),
         ({"tolerance": 0.5}, "--tolerance"),
         ({"bonus": 0.0}, "--bonus"),
         ({"bonus": 1e38}, "--bonus"),
