@@ -204,7 +204,7 @@ def plot_first_success(args: Args, runs: Runs, path: Path) -> None:
 
 
 def plot_training(args: Args, runs: Runs, path: Path) -> None:
-    """One run of each policy: every agent's density over training, and the final energy (the critic's, others averaged)."""
+    """One run of each policy: every agent's density over training, and the final energy (of the central critic)."""
     n = max(args.num_agents)
     figure = Figure(figsize=(2.2 * (n + 1), 2.1 * len(LEARNED)), dpi=70, layout="tight")
     rows = figure.subplots(len(LEARNED), n + 1, squeeze=False, sharey=True)
