@@ -1294,10 +1294,10 @@ def test_learning_beats_the_random_team():
     """The team before any learning is the random one: 3m pays the share of health shot away, and 1 for a won battle."""
     small = dict(critic_hidden=32, actor_hidden=32, local_critic_hidden=32, batch_size=64, actor_batch_size=16)
     small |= dict(denoising_steps=5, eval_episodes=128, final_eval_episodes=128)
-    args = Args(total_timesteps=8_000, learning_starts=0, log_interval=1_600, **small)
+    args = Args(total_timesteps=16_000, learning_starts=0, log_interval=1_600, **small)
     env = make_env(args)
     random_team = smax.begin_seeds(env, args).learner.policy
     before = smax.evaluator(env, args)(random_team, 128, False, 0)["returns"].mean()
     result = train(args)
     rows = list(csv.DictReader(open(Path(result["run_dir"]) / "evaluations.csv")))
-    assert [float(row["return_mean"]) for row in rows if row["mode"] == "stochastic"][-1] > before + 0.1
+    assert [float(row["return_mean"]) for row in rows if row["mode"] == "stochastic"][-1] > before + 0.5
