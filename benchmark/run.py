@@ -147,19 +147,16 @@ def read_list(path: Path, runs: Path, names: Sequence[str] = ()) -> list[Run]:
         try:
             check_type(entry, Experiment)
             benchmark, _ = task.split("/")
-            if len(set(entry["seeds"])) < len(entry["seeds"]):
-                raise ValueError("a seed twice")
             ours = []
             for seed, (arm, own) in product(entry["seeds"], entry["arms"].items()):
                 own_words = shlex.split(own)
                 script = own_words.pop(0) if own_words and own_words[0].endswith(".py") else entry["script"]
                 words = (*shlex.split(entry["flags"]), *own_words)
                 ours.append(Run(task, arm, seed, script, words, runs.absolute() / task / f"{arm}_{seed}"))
-            assert all(run.budget > 0 for run in ours)
-        except (TypeCheckError, ValueError, AssertionError):
-            needed = (
-                "script, flags with one --total-timesteps N or --total-trajectories N, seeds and arms, both once each"
-            )
+            if len(set(entry["seeds"])) < len(entry["seeds"]) or not all(run.budget > 0 for run in ours):
+                raise ValueError
+        except (TypeCheckError, ValueError):
+            needed = "script, flags with one --total-timesteps N or --total-trajectories N, different seeds, and arms"
             raise ListError(f"--list: {task!r} must be <benchmark>/<task>, with {needed}") from None
         if not names or task in names or benchmark in names:
             found += ours
