@@ -117,8 +117,10 @@ class Algorithm:
     """K, central critics; the policies climb their mean."""
     pessimism: float = 0.6
     """How many of the critics' standard deviations the target lies below their mean."""
+    pooled_critics: bool = True
+    """Central critics that look at one agent at a time and pool what they see, where agents have one size."""
     critic_hidden: int = 128
-    """Width of the central critics' two hidden layers."""
+    """Width of the central critics' hidden layers; pooled critics look at an agent with two of half that width."""
     layer_norm: bool = False
     """Normalise these layers (LayerNorm), so that values do not run away where nothing has been seen for long."""
     actor_hidden: int = 128
@@ -477,6 +479,62 @@ class CriticEnsemble(nn.Module):
         return values.permute(1, 2, 0, 3).flatten(2)
 
 
+class PooledCriticEnsemble(nn.Module):
+    """The same, but each critic looks at one agent at a time, at its observation o_i and action a_i.
+
+    What a critic learns of one agent so holds for all, whose order does not matter. Of each number that it sees the
+    largest over the agents goes on (a max pool): what counts is often that *some* agent is near, whichever it is.
+    """
+
+    def __init__(
+        self, num_critics: int, state_size: int, num_agents: int, action_size: int, hidden: int, layer_norm: bool
+    ):
+        super().__init__()
+        obs_size, view = state_size // num_agents, hidden // 2
+        self.observation = StackedLinear(num_critics, obs_size, view)
+        self.action = stacked_weight(num_critics, action_size, view)
+        self.view = StackedLinear(num_critics, view, view)
+        self.pooled = StackedLinear(num_critics, view, hidden)
+        self.value = StackedLinear(num_critics, hidden, 1)
+        self.view_norm, self.norm = (
+            nn.LayerNorm(size, elementwise_affine=False) if layer_norm else nn.Identity() for size in (view, hidden)
+        )
+
+    def forward(self, state: Tensor, actions: Tensor) -> Tensor:
+        """Values [K, B] of states [B, N * O], all observations concatenated, and joint actions [N, B, D]."""
+        obs = state.unflatten(1, (len(actions), -1)).transpose(0, 1)  # [N, B, O]
+        obs, actions = (x.expand(len(self.action), -1, -1, -1) for x in (obs, actions))
+        return self.judge(self.see(self.context(obs), actions).amax(1))
+
+    @torch.no_grad()
+    def score(self, state: Tensor, actions: Tensor, candidates: Tensor) -> Tensor:
+        """Values [N, M, B] as those of CriticEnsemble.score. Each agent is seen once, and then with its candidates."""
+        num_critics, num_agents = len(self.action), len(actions)
+        obs = state.unflatten(1, (num_agents, -1)).unflatten(0, (num_critics, -1)).transpose(1, 2)  # [K, N, B / K, O]
+        actions = actions.unflatten(1, (num_critics, -1)).transpose(0, 1)  # [K, N, B / K, D]
+        candidates = candidates.unflatten(2, (num_critics, -1)).permute(2, 0, 1, 3, 4)  # [K, N, M, B / K, D]
+        context = self.context(obs)
+        seen = self.see(context, actions)
+        oneself = torch.eye(num_agents, dtype=torch.bool, device=seen.device)[:, :, None, None]
+        others = seen[:, None].masked_fill(oneself, -math.inf).amax(2)  # [K, N, B / K, H]
+        own = self.see(context[:, :, None], candidates)  # [K, N, M, B / K, H]
+        values = self.judge(torch.maximum(own, others[:, :, None]).flatten(1, 3)).view(candidates.shape[:4])
+        return values.permute(1, 2, 0, 3).flatten(2)
+
+    def context(self, obs: Tensor) -> Tensor:
+        """The first layer's share of observations [K, N, B, O]: [K, N, B, H]."""
+        return self.observation(obs.flatten(1, 2)).unflatten(1, obs.shape[1:3])
+
+    def see(self, context: Tensor, actions: Tensor) -> Tensor:
+        """What is seen [K, ..., H] of agents whose observations give this context and who play actions [K, ..., D]."""
+        hidden = context + (actions.flatten(1, -2) @ self.action).unflatten(1, actions.shape[1:-1])
+        return self.view(F.relu(self.view_norm(hidden)).flatten(1, -2)).view(hidden.shape)
+
+    def judge(self, seen: Tensor) -> Tensor:
+        """Values [K, B] of the most that was seen of any agent [K, B, H]."""
+        return self.value(F.relu(self.norm(self.pooled(seen)))).squeeze(-1)
+
+
 class LocalCritic(nn.Module):
     """Q_i(o_i, a_i) of each agent: the central Q, averaged over all that agent i neither sees nor decides.
 
@@ -558,8 +616,9 @@ class Learner(nn.Module):
             self.local_critic = LocalCritic(stack, obs_size, action_size, args.local_critic_hidden)
         self.average_policy = deepcopy(self.policy).requires_grad_(False)
         sizes = args.num_critics, state_size, num_agents, action_size, args.critic_hidden, args.layer_norm
-        self.critic = CriticEnsemble(*sizes)
-        self.target_critic = CriticEnsemble(*sizes)
+        ensemble = PooledCriticEnsemble if args.pooled_critics and alike else CriticEnsemble
+        self.critic = ensemble(*sizes)
+        self.target_critic = ensemble(*sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_temperature = nn.Parameter(torch.full((num_agents,), math.log(args.init_temperature)))
         self.register_buffer("mask", mask, persistent=False)
