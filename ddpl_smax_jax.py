@@ -150,10 +150,12 @@ class Algorithm:
     """K, central critics; the policies climb their mean."""
     pessimism: float = 0.6
     """How many of the critics' standard deviations the target lies below their mean."""
+    pooled_critics: bool = True
+    """Let the central critics look at an agent with two layers and pool what they see; off: with one, and add it up."""
     critic_view: int = 64
-    """Width of the layer with which the central critics look at one agent."""
+    """Width of the layers with which the central critics look at one agent."""
     critic_hidden: int = 128
-    """Width of the central critics' two hidden layers after it."""
+    """Width of the central critics' two hidden layers after them."""
     actor_hidden: int = 128
     """Width of the policies' two hidden layers."""
 
@@ -472,15 +474,17 @@ class CriticEnsemble(NamedTuple):
     """K centralised critics Q_k(s, a_1..a_N) of the team reward. Their mean is Q; how they differ, how sure it is.
 
     What an agent does means something by what stands around it, and the same for every agent. So each critic looks at
-    one agent at a time, at its view o_i and action a_i, with weights that all agents share, adds up what it has seen,
-    and judges the sum together with the whole state. The action is also multiplied with the view: whether a vector
-    points at an enemy is a product of the two.
+    one agent at a time, at its view o_i and action a_i, with weights that all agents share. Of each number that it has
+    seen the largest over the agents goes on (a max pool): what counts is often that *some* agent does a thing. This it
+    judges together with the whole state. The action is also multiplied with the view: whether a vector points at an
+    enemy is a product of the two. With args.pooled_critics off, `look` is missing, and what was seen is added up.
     """
 
     view: StackedLinear
     gate: StackedLinear
     action: Array
-    sum: Array
+    look: StackedLinear | None
+    team: Array
     state: StackedLinear
     hidden: StackedLinear
     value: StackedLinear
@@ -489,10 +493,12 @@ class CriticEnsemble(NamedTuple):
     def create(cls, key: Array, args: Args, obs_size: int, state_size: int) -> "CriticEnsemble":
         num_critics, view, hidden = args.num_critics, args.critic_view, args.critic_hidden
         keys = jax.random.split(key, 7)
+        look_key = jax.random.fold_in(key, 7)
         return cls(
             StackedLinear.create(keys[0], num_critics, obs_size, view),
             StackedLinear.create(keys[1], num_critics, obs_size, view),
             stacked_weight(keys[2], num_critics, ACTION_SIZE, view),
+            StackedLinear.create(look_key, num_critics, view, view) if args.pooled_critics else None,
             stacked_weight(keys[3], num_critics, view, hidden),
             StackedLinear.create(keys[4], num_critics, state_size, hidden),
             StackedLinear.create(keys[5], num_critics, hidden, hidden),
@@ -505,12 +511,14 @@ class CriticEnsemble(NamedTuple):
         num_agents, batch_size, _ = actions.shape
         rows = obs.reshape(num_agents * batch_size, -1)
         seen = self.see(self.view(rows), self.gate(rows), actions.reshape(len(rows), -1) @ self.action)
-        seen = seen.reshape(len(self.sum), num_agents, batch_size, -1).sum(1)
-        return self.judge(seen @ self.sum + self.state(world))
+        seen = seen.reshape(len(self.team), num_agents, batch_size, -1)
+        seen = seen.sum(1) if self.look is None else seen.max(1)
+        return self.judge(seen @ self.team + self.state(world))
 
     def see(self, view: Array, gate: Array, action: Array) -> Array:
         """What is seen of one agent, from the first layer's parts [..., H]."""
-        return relu(layer_norm(view + (1 + gate) * action))
+        seen = relu(layer_norm(view + (1 + gate) * action))
+        return seen if self.look is None else self.look(seen)
 
     def judge(self, hidden: Array) -> Array:
         """Values [K, B] of hidden [K, B, H]."""
@@ -523,15 +531,20 @@ class CriticEnsemble(NamedTuple):
         fitted to the scores learns the critics' mean, at the price of one. The candidates of a state share all that
         does not depend on the agent's own action.
         """
-        num_critics = len(self.sum)
+        num_critics = len(self.team)
         obs, world = state
 
         def share(critic: CriticEnsemble, obs: Array, world: Array, actions: Array, candidates: Array) -> Array:
             view, gate = critic.view(obs), critic.gate(obs)  # [N, B / K, H]
             seen = critic.see(view, gate, actions @ critic.action)
-            others = (seen.sum(0) - seen) @ critic.sum + critic.state(world)
             own = critic.see(view[:, None], gate[:, None], candidates @ critic.action)  # [N, M, B / K, H]
-            return critic.judge(others[:, None] + own @ critic.sum)
+            if critic.look is None:
+                seen = (seen.sum(0) - seen)[:, None] + own
+            else:
+                oneself = jnp.eye(len(seen), dtype=bool)[:, :, None, None]
+                others = jnp.where(oneself, -jnp.inf, seen).max(1)
+                seen = jnp.maximum(others[:, None], own)
+            return critic.judge(seen @ critic.team + critic.state(world))
 
         parts = (obs, 1), (world, 0), (actions, 1), (candidates, 2)
         parts = (jnp.stack(jnp.split(x, num_critics, axis)) for x, axis in parts)

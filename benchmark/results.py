@@ -24,6 +24,8 @@ SCRIPTS = ("ddpl_mpe", "ddpl_mamujoco", "ddpl_smax_jax", "ddpl_isaaclab", "qvpo"
 ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mpe": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mpe_long": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "mpe_flat": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "mpe_flat_long": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mamujoco": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "mamujoco_long": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "control": {"diffusion": "tab:blue", "gaussian": "tab:orange"},

@@ -8,9 +8,10 @@ from scipy.integrate import quad
 from torch import nn
 
 import ddpl_mpe
-from ddpl_mpe import Args, Batch, CriticEnsemble, Learner
+from ddpl_mpe import Args, Batch, CriticEnsemble, Learner, PooledCriticEnsemble
 
 POLICIES = ["diffusion", "gaussian"]
+ENSEMBLES = [CriticEnsemble, PooledCriticEnsemble]
 
 
 def make_learner(policy="diffusion", mask=((1.0, 1), (1, 1), (1, 1)), obs_size=4, **options):
@@ -39,28 +40,67 @@ def make_batch(learner, batch_size=16, obs_size=4):
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_scores_equal_the_critics_asked_one_candidate_at_a_time(layer_norm):
+@pytest.mark.parametrize("num_agents", [1, 3])
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_scores_equal_the_critics_asked_one_candidate_at_a_time(ensemble, num_agents, layer_norm):
     """Each on its share of the states: the first critic on the first two, and so on."""
-    critic = CriticEnsemble(4, 12, 3, 2, 32, layer_norm)
-    state, actions, candidates = torch.randn(8, 12), torch.rand(3, 8, 2), torch.rand(3, 6, 8, 2)
+    critic = ensemble(4, 4 * num_agents, num_agents, 2, 32, layer_norm)
+    state, actions = torch.randn(8, 4 * num_agents), torch.rand(num_agents, 8, 2)
+    candidates = torch.rand(num_agents, 6, 8, 2)
     scores, b = critic.score(state, actions, candidates), torch.arange(8)
-    for agent in range(3):
+    for agent in range(num_agents):
         for m in range(6):
             joint = actions.clone()
             joint[agent] = candidates[agent, m]
             torch.testing.assert_close(scores[agent, m], critic(state, joint)[b // 2, b])
 
 
-def test_critics_are_initialised_apart():
+def test_pooled_critics_do_not_care_which_agent_is_which():
+    """Values of agents in another order are the same. Flat critics' are not."""
+    state, actions, order = torch.randn(8, 3, 4), torch.rand(3, 8, 2), [2, 0, 1]
+    pooled, flat = PooledCriticEnsemble(4, 12, 3, 2, 32, False), CriticEnsemble(4, 12, 3, 2, 32, False)
+
+    def change(critic):
+        return critic(state[:, order].flatten(1), actions[order]) - critic(state.flatten(1), actions)
+
+    assert change(pooled).abs().max() < 1e-6 < 1e-3 < change(flat).abs().max()
+
+
+def test_pooled_critics_hear_of_each_number_only_the_largest():
+    """By the pool written out: a network for one agent, the largest over the agents, a network for the team."""
+    critic, state, actions = PooledCriticEnsemble(1, 12, 3, 2, 32, False), torch.randn(8, 12), torch.rand(3, 8, 2)
+    agents = []
+    for obs, action in zip(state.split(4, dim=1), actions):
+        first = obs @ critic.observation.weight[0] + critic.observation.bias[0] + action @ critic.action[0]
+        agents.append(first.relu() @ critic.view.weight[0] + critic.view.bias[0])
+    seen = torch.stack(agents).max(0).values
+    hidden = (seen @ critic.pooled.weight[0] + critic.pooled.bias[0]).relu()
+    value = hidden @ critic.value.weight[0] + critic.value.bias[0]
+    torch.testing.assert_close(critic(state, actions)[0], value[:, 0])
+
+
+def test_critics_are_pooled_where_the_agents_have_one_size():
+    """And only there: a speaker and a listener are not told apart by a pool."""
+    alike, unlike = ((1.0, 1), (1, 1)), ((1.0, 1), (1, 0))
+    assert isinstance(make_learner(mask=alike).critic, PooledCriticEnsemble)
+    assert isinstance(make_learner(mask=alike, pooled_critics=False).critic, CriticEnsemble)
+    assert isinstance(make_learner(mask=unlike).critic, CriticEnsemble)
+    for critic in make_learner(mask=alike).critic, make_learner(mask=alike).target_critic:
+        assert critic.pooled.weight.shape == (4, 16, 32)
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_critics_are_initialised_apart(ensemble):
     """Their disagreement is what makes the target pessimistic."""
-    values = CriticEnsemble(4, 12, 3, 2, 32, False)(torch.randn(8, 12), torch.rand(3, 8, 2))
+    values = ensemble(4, 12, 3, 2, 32, False)(torch.randn(8, 12), torch.rand(3, 8, 2))
     assert values.shape == (4, 8) and values.std(0).min() > 0
 
 
-def test_layer_norm_bounds_the_values_of_states_never_seen():
-    """Both layers are brought to mean 0 and variance 1, so no value exceeds that of the longest such vector."""
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_layer_norm_bounds_the_values_of_states_never_seen(ensemble):
+    """Hidden layers are brought to mean 0 and variance 1, so no value exceeds that of the longest such vector."""
     actions, far = torch.rand(3, 8, 2), 1e6 * torch.randn(8, 12)
-    plain, normal = (CriticEnsemble(4, 12, 3, 2, 32, layer_norm) for layer_norm in (False, True))
+    plain, normal = (ensemble(4, 12, 3, 2, 32, layer_norm) for layer_norm in (False, True))
     bound = 32**0.5 * normal.value.weight.norm(dim=1) + normal.value.bias.abs()[..., 0]
     assert (normal(far, actions).abs() < bound).all() and plain(far, actions).abs().max() > 1000 * bound.max()
 

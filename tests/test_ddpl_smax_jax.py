@@ -328,18 +328,19 @@ def test_diffusion_learns_the_same(monkeypatch):
 # ---- the central critics
 
 
-def critics():
+@pytest.fixture(params=[True, False], ids=["pooled", "summed"])
+def critics(request):
     """Critics, what they see, actions and candidates."""
-    args = Args(num_critics=4, critic_view=6, critic_hidden=16)
+    args = Args(num_critics=4, critic_view=6, critic_hidden=16, pooled_critics=request.param)
     ensemble = smax.CriticEnsemble.create(jax.random.PRNGKey(0), args, O, S)
     ensemble = jax.tree.map(lambda x: x + 0.1, ensemble)
     (obs, _), (world, _), (actions, _), (candidates, _) = both(N, B, O), both(B, S), both(N, B, 4), both(N, 16, B, 4)
     return ensemble, (obs, world), actions, candidates
 
 
-def test_critics_in_numpy():
+def test_critics_in_numpy(critics):
     """One state of one critic, in plain words."""
-    ensemble, (obs, world), actions, _ = critics()
+    ensemble, (obs, world), actions, _ = critics
     q = ensemble((obs, world), actions)
     assert q.shape == (4, B)
 
@@ -349,19 +350,22 @@ def test_critics_in_numpy():
     critic = jax.tree.map(lambda x: np.asarray(x[2], np.float64), ensemble)
     linear = lambda layer, x: x @ layer.weight + layer.bias[0]  # noqa: E731
     for row in range(B):
-        total = linear(critic.state, world[row])
+        agents = []
         for agent in range(N):
             o, a = np.asarray(obs[agent, row]), np.asarray(actions[agent, row])
-            seen = linear(critic.view, o) + (1 + linear(critic.gate, o)) * (a @ critic.action)
-            total = total + np.maximum(normal(seen), 0) @ critic.sum
+            agents.append(
+                np.maximum(normal(linear(critic.view, o) + (1 + linear(critic.gate, o)) * (a @ critic.action)), 0)
+            )
+        seen = sum(agents) if critic.look is None else np.max([linear(critic.look, agent) for agent in agents], axis=0)
+        total = linear(critic.state, world[row]) + seen @ critic.team
         hidden = linear(critic.hidden, np.maximum(normal(total), 0))
         value = linear(critic.value, np.maximum(normal(hidden), 0))
         np.testing.assert_allclose(q[2, row], value[0], rtol=1e-4, atol=1e-4)
 
 
-def test_scores_are_values_of_joint_actions():
+def test_scores_are_values_of_joint_actions(critics):
     """Of each agent's candidates, with the others' actions; and every critic has its share of the states."""
-    ensemble, state, actions, candidates = critics()
+    ensemble, state, actions, candidates = critics
     scores = ensemble.score(state, actions, candidates)
     for agent in range(N):
         for number in range(0, 16, 5):
@@ -370,9 +374,9 @@ def test_scores_are_values_of_joint_actions():
             np.testing.assert_allclose(scores[agent, number], share, rtol=1e-4, atol=1e-4)
 
 
-def test_critics_treat_agents_alike():
+def test_critics_treat_agents_alike(critics):
     """Who has which number does not matter, only what each sees and does."""
-    ensemble, (obs, world), actions, _ = critics()
+    ensemble, (obs, world), actions, _ = critics
     np.testing.assert_allclose(
         ensemble((obs, world), actions), ensemble((obs[::-1], world), actions[::-1]), rtol=1e-4, atol=1e-4
     )

@@ -48,14 +48,21 @@ PPO = because(
     "GaussianPolicy Learner update save_checkpoint restore Progress EVALUATION_COLUMNS",
 )
 CLIPPED = because("gradients are clipped", "take_step")
+ALIKE = because("the particle environments' agents are alike, so their critics can be pooled", "Learner")
 DIFFERENT = {
-    (ddpl_mpe, ddpl_mamujoco): SETTINGS | TASK | LOOP | BENCHMARK | because("MuJoCo has a state of its own", "Batch"),
+    (ddpl_mpe, ddpl_mamujoco): SETTINGS
+    | TASK
+    | LOOP
+    | BENCHMARK
+    | ALIKE
+    | because("MuJoCo has a state of its own", "Batch"),
     (ddpl_mpe, ddpl_isaaclab): SETTINGS
     | TASK
     | LOOP
     | BENCHMARK
     | PROCESSES
     | COUNTS
+    | ALIKE
     | because("the tasks have a state of their own", "Batch"),
     (ddpl_mamujoco, ddpl_isaaclab): SETTINGS
     | TASK
@@ -147,7 +154,7 @@ TWIN = (
 ).split()
 # What only some of the three benchmarks need. Everything else is in all of them.
 OWN = {
-    ddpl_mpe: "VectorMPE cooperative_tasks unfit",
+    ddpl_mpe: "PooledCriticEnsemble VectorMPE cooperative_tasks unfit",
     ddpl_mamujoco: "CONFIGURATIONS PACKAGES StackedAgents make_vector_env task_name vector_env",
     ddpl_isaaclab: "FAILURES StackedAgents Step anneal_learning_rates average_gradients everyones gathered make_config "
     "process_seed rank together world_size",
@@ -214,7 +221,13 @@ def test_the_three_benchmarks_learn_by_one_text(one, other):
     algorithm |= {"update_critic", "update_local_critic", "update_diffusion", "update_gaussian", "update_temperature"}
     algorithm |= {"update", "compiled", "ReplayBuffer"}
     assert algorithm <= definitions(one).keys() & definitions(other).keys()
-    assert not algorithm & reasons(one, other).keys()
+    assert algorithm & reasons(one, other).keys() <= {"Learner"}
+    choice = "        ensemble = PooledCriticEnsemble if args.pooled_critics and alike else CriticEnsemble\n"
+    learners = {
+        definitions(script)["Learner"].replace(choice, "").replace(" CriticEnsemble(", " ensemble(")
+        for script in (one, other)
+    }
+    assert len(learners) == 1  # but for the choice of critics
 
 
 def test_the_three_benchmarks_have_the_same_parts():
