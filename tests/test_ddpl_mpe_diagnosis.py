@@ -24,6 +24,31 @@ def test_scripts_see_where_everything_is():
     np.testing.assert_allclose(seen_others, np.stack(others, axis=1), atol=1e-6)
 
 
+def test_examples_are_observations_of_the_task():
+    """Of agents at rest, as after a reset."""
+    env = mpe.VectorMPE(diagnosis.TASK, 4, 2)
+    obs = env.reset(np.arange(2))
+    agents, landmarks = (torch.from_numpy(places).float() for places in diagnosis.positions(env))
+    np.testing.assert_allclose(diagnosis.observe(agents, landmarks), obs, atol=1e-6)
+
+
+def test_pooled_critics_learn_more_from_examples(monkeypatch):
+    """Of two agents already. And critics that are told the answer know all of it."""
+
+    class Told(mpe.CriticEnsemble):
+        def forward(self, state, actions):
+            ways = state.unflatten(1, (2, -1))[..., 4:8].unflatten(-1, (2, 2))
+            values = -ways.norm(dim=-1).amin(1).sum(-1)
+            return values + 0 * super().forward(state, actions)
+
+    def numbers(ensemble):
+        row = diagnosis.example_row("", ensemble, 2, (300,))
+        return [float(number) for number in row.split("|")[2].split(",")]
+
+    assert numbers(Told) == [1, 1]
+    assert all(p > f + 0.05 for p, f in zip(numbers(mpe.PooledCriticEnsemble), numbers(mpe.CriticEnsemble)))
+
+
 def test_the_better_the_script_the_higher_the_return(monkeypatch):
     monkeypatch.setattr(diagnosis, "EPISODES", 10)
     scripts = diagnosis.still, diagnosis.nearest, diagnosis.assigned
