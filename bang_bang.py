@@ -156,6 +156,8 @@ class Args(Run, PPO, Policy, Task):
     """Train PPO with a Bernoulli, categorical or Gaussian policy; the defaults are those of the reported results."""
 
 
+LONGEST_EPISODE = 20_000  # steps of an evaluation's episode of a task without a time limit
+
 PLAY_COLUMNS = ("return_without_cost", "saturation", "switching_rate")
 EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "return_mean", "return_std", "episodes", *PLAY_COLUMNS)
 
@@ -658,8 +660,12 @@ def evaluate(
             rewards = [[] for _ in envs]
             costs = [[] for _ in envs]
             played = [[] for _ in envs]
-            playing = list(range(len(envs)))
+            step, playing = 0, list(range(len(envs)))
             while playing:
+                if step == LONGEST_EPISODE and envs[0].spec.max_episode_steps is None:
+                    reason = f"has no time limit, and an evaluation's episode of it does not end in {step} steps"
+                    raise RunError(f"--env-id: {args.env_id} {reason}; choose a task with max_episode_steps")
+                step += 1
                 if video and not wave and 0 in playing:
                     film.append(envs[0].render()[::2, ::2])
                 seen = np.stack([obs[i] for i in playing])

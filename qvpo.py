@@ -195,6 +195,8 @@ PRESETS = {
         "learning_starts": 10_000,
     },
 }
+LONGEST_EPISODE = 20_000  # steps of an evaluation's episode of a task without a time limit
+
 EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "return_mean", "return_std", "episodes")
 TIME_FEATURES = 32
 
@@ -709,8 +711,12 @@ def evaluate(
             seeds = episode_seeds(1, seed, len(waves), len(envs))
             obs = [env.reset(seed=int(s))[0] for env, s in zip(envs, seeds)]
             returns = np.zeros(len(envs))
-            playing = list(range(len(envs)))
+            step, playing = 0, list(range(len(envs)))
             while playing:
+                if step == LONGEST_EPISODE and envs[0].spec.max_episode_steps is None:
+                    reason = f"has no time limit, and an evaluation's episode of it does not end in {step} steps"
+                    raise RunError(f"--env-id: {args.env_id} {reason}; choose a task with max_episode_steps")
+                step += 1
                 if video and not waves and 0 in playing:
                     film.append(envs[0].render()[::2, ::2])
                 seen = np.stack([obs[i] for i in playing])

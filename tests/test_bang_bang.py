@@ -427,12 +427,23 @@ class Short(Lopsided):
         return obs, reward, bool(self.left == 0), False, {}
 
 
-gym.register("Short-v0", Short)
+gym.register("LopsidedShort-v0", Short)
+
+
+def test_an_evaluation_without_a_time_limit_ends(monkeypatch):
+    """An episode that is too long for that is told; one that ends is played, however short what is allowed."""
+    monkeypatch.setattr(bang_bang, "LONGEST_EPISODE", 5)
+    act = lambda obs: np.zeros((len(obs), 2), np.float32)  # noqa: E731
+    for env_id in ("LopsidedShort-v0", "Lopsided-v0"):
+        assert len(evaluate(act, Args(env_id=env_id), 30, seed=0)["return"]) == 30
+    monkeypatch.setattr(bang_bang, "LONGEST_EPISODE", 4)
+    with pytest.raises(bang_bang.RunError, match="--env-id: LopsidedShort-v0 has no time limit, .* in 4 steps"):
+        evaluate(act, Args(env_id="LopsidedShort-v0"), 30, seed=0)
 
 
 def test_training_returns_are_those_of_the_episodes_that_ended():
     """Of one step of two copies, so of one or two episodes."""
-    options = dict(env_id="Short-v0", num_envs=2, num_steps=1, num_minibatches=1, total_timesteps=100)
+    options = dict(env_id="LopsidedShort-v0", num_envs=2, num_steps=1, num_minibatches=1, total_timesteps=100)
     result = train(Args(**SMALL | options))
     values = {float(value) for _, value in scalars(result["run_dir"])["returns/training"]}
     assert {value for value in values if not math.isnan(value)} == {2, 3.5, 5}

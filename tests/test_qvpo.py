@@ -364,6 +364,17 @@ def test_evaluation_returns_are_sums_of_rewards():
     assert len(returns) == 30 and {*returns} == {2, 5}
 
 
+def test_an_evaluation_without_a_time_limit_ends(monkeypatch):
+    """An episode that is too long for that is told; one that ends is played, however short what is allowed."""
+    monkeypatch.setattr(qvpo, "LONGEST_EPISODE", 5)
+    act = lambda obs: np.zeros((len(obs), 1), np.float32)  # noqa: E731
+    assert len(qvpo.evaluate(act, Args(env_id="Short-v0"), 30, seed=0)) == 30
+    assert len(qvpo.evaluate(act, Args(env_id="Pendulum-v1"), 1, seed=0)) == 1
+    monkeypatch.setattr(qvpo, "LONGEST_EPISODE", 4)
+    with pytest.raises(qvpo.RunError, match="--env-id: Short-v0 has no time limit, .* in 4 steps"):
+        qvpo.evaluate(act, Args(env_id="Short-v0"), 30, seed=0)
+
+
 def test_training_returns_are_those_of_the_copies_that_ended():
     result = train(Args(**SMALL | dict(env_id="Short-v0", num_envs=2, total_timesteps=300, log_interval=2)))
     assert {float(value) for _, value in scalars(result["run_dir"])["returns/training"]} == {2, 3.5, 5}
