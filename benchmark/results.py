@@ -31,6 +31,7 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "control": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax_often": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "smax_pooled": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab_longer": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "qvpo": {"qvpo": "tab:blue", "sac": "tab:orange"},
@@ -50,9 +51,9 @@ PEERS = {  # benchmark: other people's arms, the benchmark where they are kept u
 }
 
 # What a benchmark is judged by, if not by the return
-SCORES = dict.fromkeys(("smax", "smax_often", "smax_ablations", "smax_first"), "win_rate") | dict.fromkeys(
-    ("isaaclab", "isaaclab_longer", "isaaclab_mappo"), "success_rate"
-)
+SCORES = dict.fromkeys(
+    ("smax", "smax_often", "smax_ablations", "smax_first", "smax_pooled"), "win_rate"
+) | dict.fromkeys(("isaaclab", "isaaclab_longer", "isaaclab_mappo"), "success_rate")
 
 
 def place(args: dict) -> tuple[str, str, str]:
@@ -231,7 +232,8 @@ def ablation_rows(task: Path, defaults: Path) -> list[str]:
         low, high = interval(bootstrap(changed) - np.random.default_rng(1).permutation(bootstrap(default)))
         each = [" ".join(f"{score:.2f}" for score in values) for values in (changed, default)]
         difference = f"{changed.mean() - default.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
-        rows.append(f"| {task.name} | {arm} | {steps[-1]:,} | {each[0]} | {each[1]} | {difference} |")
+        beside = defaults.parent.name
+        rows.append(f"| {task.name} | {arm} | {beside} | {steps[-1]:,} | {each[0]} | {each[1]} | {difference} |")
     return rows
 
 
@@ -323,9 +325,13 @@ def report() -> None:
             plot(task)
             print("\n".join(table_rows(task)))
         print()
-    print("| task | arm | steps | each seed | the defaults, each seed | difference |\n|---|---|---|---|---|---|")
-    for ablations, defaults in (("smax_first", "smax"), ("smax_ablations", "smax"), ("qvpo_parts", "qvpo_parts")):
-        for task in sorted(path for path in (RESULTS / ablations).glob("*") if path.is_dir()):
+    print(
+        "| task | arm | beside | steps | each seed | the defaults, each seed | difference |\n|---|---|---|---|---|---|---|"
+    )
+    pairs = ("smax_first", "smax"), ("smax_first", "smax_pooled"), ("smax_ablations", "smax")
+    for ablations, defaults in (*pairs, ("qvpo_parts", "qvpo_parts")):
+        tasks = {path.name for path in (RESULTS / defaults).glob("*") if path.is_dir()}
+        for task in sorted(path for path in (RESULTS / ablations).glob("*") if path.name in tasks):
             print("\n".join(ablation_rows(task, RESULTS / defaults / task.name)))
 
 
