@@ -325,9 +325,8 @@ def report() -> None:
             plot(task)
             print("\n".join(table_rows(task)))
         print()
-    print(
-        "| task | arm | beside | steps | each seed | the defaults, each seed | difference |\n|---|---|---|---|---|---|---|"
-    )
+    columns = "task", "arm", "beside", "steps", "each seed", "the defaults, each seed", "difference"
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     pairs = ("smax_first", "smax"), ("smax_first", "smax_pooled"), ("smax_ablations", "smax")
     for ablations, defaults in (*pairs, ("qvpo_parts", "qvpo_parts")):
         tasks = {path.name for path in (RESULTS / defaults).glob("*") if path.is_dir()}
