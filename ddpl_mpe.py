@@ -482,15 +482,16 @@ class CriticEnsemble(nn.Module):
 class PooledCriticEnsemble(nn.Module):
     """The same, but each critic looks at one agent at a time, at its observation o_i and action a_i.
 
-    What a critic learns of one agent so holds for all, whose order does not matter. Of each number that it sees the
-    largest over the agents goes on (a max pool): what counts is often that *some* agent is near, whichever it is.
+    What a critic learns of one agent so holds for all, whose order does not matter (as in PIC, Liu et al. 2019). Of each
+    number that it sees the largest over the agents goes on (a max pool, as in PointNet, Qi et al. 2017): what counts is
+    often that *some* agent is near, whichever it is.
     """
 
     def __init__(
         self, num_critics: int, state_size: int, num_agents: int, action_size: int, hidden: int, layer_norm: bool
     ):
         super().__init__()
-        obs_size, view = state_size // num_agents, hidden // 2
+        obs_size, view = state_size // num_agents, (hidden + 1) // 2
         self.observation = StackedLinear(num_critics, obs_size, view)
         self.action = stacked_weight(num_critics, action_size, view)
         self.view = StackedLinear(num_critics, view, view)

@@ -87,6 +87,8 @@ def test_critics_are_pooled_where_the_agents_have_one_size():
     assert isinstance(make_learner(mask=unlike).critic, CriticEnsemble)
     for critic in make_learner(mask=alike).critic, make_learner(mask=alike).target_critic:
         assert critic.pooled.weight.shape == (4, 16, 32)
+    narrow = PooledCriticEnsemble(4, 12, 3, 2, 1, False)
+    assert narrow(torch.randn(8, 12), torch.rand(3, 8, 2)).shape == (4, 8)
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
