@@ -482,7 +482,7 @@ class CriticEnsemble(nn.Module):
 class PooledCriticEnsemble(nn.Module):
     """The same, but each critic looks at one agent at a time, at its observation o_i and action a_i.
 
-    What a critic learns of one agent so holds for all, whose order does not matter (as in PIC, Liu et al. 2019). Of each
+    What a critic learns of one agent so holds for all, and their order does not matter (PIC, Liu et al. 2019). Of each
     number that it sees the largest over the agents goes on (a max pool, as in PointNet, Qi et al. 2017): what counts is
     often that *some* agent is near, whichever it is.
     """
