@@ -66,15 +66,17 @@ def test_pooled_critics_do_not_care_which_agent_is_which():
     assert change(pooled).abs().max() < 1e-6 < 1e-3 < change(flat).abs().max()
 
 
-def test_pooled_critics_hear_of_each_number_only_the_largest():
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_pooled_critics_hear_of_each_number_only_the_largest(layer_norm):
     """By the pool written out: a network for one agent, the largest over the agents, a network for the team."""
-    critic, state, actions = PooledCriticEnsemble(1, 12, 3, 2, 32, False), torch.randn(8, 12), torch.rand(3, 8, 2)
+    critic, state, actions = PooledCriticEnsemble(1, 12, 3, 2, 32, layer_norm), torch.randn(8, 12), torch.rand(3, 8, 2)
+    norm = (lambda x: nn.functional.layer_norm(x, x.shape[-1:])) if layer_norm else nn.Identity()
     agents = []
     for obs, action in zip(state.split(4, dim=1), actions):
         first = obs @ critic.observation.weight[0] + critic.observation.bias[0] + action @ critic.action[0]
-        agents.append(first.relu() @ critic.view.weight[0] + critic.view.bias[0])
+        agents.append(norm(first).relu() @ critic.view.weight[0] + critic.view.bias[0])
     seen = torch.stack(agents).max(0).values
-    hidden = (seen @ critic.pooled.weight[0] + critic.pooled.bias[0]).relu()
+    hidden = norm(seen @ critic.pooled.weight[0] + critic.pooled.bias[0]).relu()
     value = hidden @ critic.value.weight[0] + critic.value.bias[0]
     torch.testing.assert_close(critic(state, actions)[0], value[:, 0])
 
