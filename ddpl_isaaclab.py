@@ -1694,6 +1694,8 @@ def main(args: Args, given: Collection[str] = ()) -> None:
             if args.device != "cpu" and number < torch.cuda.device_count():
                 torch.cuda.set_device(number)
             dist.init_process_group()
+        if args.resume is not None and args.evaluate is not None:
+            raise RunError("--resume: goes on with a run, and --evaluate plays one; give one of them")
         if args.evaluate is not None:
             play(args, given)
         else:

@@ -1174,6 +1174,8 @@ def noted_signals() -> Iterator[list[int]]:
 def main(args: Args, given: Collection[str] = ()) -> None:
     """What the command line asks for; a failure is one line on standard error and exit code 1, a signal 128 + n."""
     try:
+        if args.resume is not None and args.evaluate is not None:
+            raise RunError("--resume: goes on with a run, and --evaluate plays one; give one of them")
         if args.evaluate is not None:
             play(args, given)
         else:

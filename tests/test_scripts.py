@@ -263,6 +263,16 @@ def test_an_imported_name_is_the_same_thing_everywhere():
                     assert known.setdefault(alias.asname or alias.name, origin) == origin, script.__name__
 
 
+@pytest.mark.parametrize(
+    "script",
+    [script for script in (*SCRIPTS, ddpl_smax_jax) if hasattr(script, "load_checkpoint")],
+    ids=lambda script: script.__name__,
+)
+def test_a_run_is_either_gone_on_with_or_played(script):
+    with pytest.raises(SystemExit, match="give one of them"):
+        script.main(script.Args(resume="runs/one", evaluate="runs/other"))
+
+
 @pytest.mark.parametrize("script", DDPL[1:], ids=lambda script: script.__name__)
 def test_shared_maths_gives_the_same_numbers(script):
     """Also where a constant or another function that the source calls would differ."""
