@@ -131,7 +131,11 @@ class Algorithm:
     layer_norm: bool = False
     """Normalise these layers (LayerNorm), so that values do not run away where nothing has been seen for long."""
     actor_hidden: int = 128
-    """Width of the policies' two hidden layers."""
+    """Width of the policies' hidden layers."""
+    encoder_layers: int = 1
+    """Layers of denoisers and local critics that see the observation alone, normalised between (LayerNorm)."""
+    gaussian_encoder_layers: int = 1
+    """Layers of Gaussian policies before the second hidden one, normalised between (LayerNorm)."""
 
 
 @dataclass
@@ -357,15 +361,35 @@ class StackedLinear(nn.Module):
         return affine(x, self.weight, self.bias)
 
 
+def make_encoder(stack: int, obs_size: int, hidden: int, num_layers: int) -> nn.Sequential:
+    """Layers that see the observation alone, [S, B, O] -> [S, B, H], normalised between (LayerNorm).
+
+    What else a network sees is added to their outcome. Where that is much, such as all steps of a diffusion or many
+    candidates, depth here costs next to nothing.
+    """
+    layers = [StackedLinear(stack, obs_size, hidden)]
+    for _ in range(num_layers - 1):
+        layers += nn.LayerNorm(hidden, elementwise_affine=False), nn.SiLU(), StackedLinear(stack, hidden, hidden)
+    return nn.Sequential(*layers)
+
+
 class DiffusionPolicy(nn.Module):
     """Denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent or one for all."""
 
     def __init__(
-        self, stack: int, obs_size: int, action_size: int, hidden: int, num_steps: int, mask: Tensor, first_guess: bool
+        self,
+        stack: int,
+        obs_size: int,
+        action_size: int,
+        hidden: int,
+        num_layers: int,
+        num_steps: int,
+        mask: Tensor,
+        first_guess: bool,
     ):
         super().__init__()
         self.first_guess = first_guess
-        self.observation = StackedLinear(stack, obs_size, hidden)
+        self.observation = make_encoder(stack, obs_size, hidden, num_layers)
         self.time = nn.Parameter(0.3 * torch.randn(stack, num_steps + 1, hidden))
         self.noisy_action = stacked_weight(stack, action_size, hidden)
         self.hidden = StackedLinear(stack, hidden, hidden)
@@ -403,9 +427,9 @@ class DiffusionPolicy(nn.Module):
 class GaussianPolicy(nn.Module):
     """tanh-Gaussians of the same sizes as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
 
-    def __init__(self, stack: int, obs_size: int, action_size: int, hidden: int, mask: Tensor):
+    def __init__(self, stack: int, obs_size: int, action_size: int, hidden: int, num_layers: int, mask: Tensor):
         super().__init__()
-        self.observation = StackedLinear(stack, obs_size, hidden)
+        self.observation = make_encoder(stack, obs_size, hidden, num_layers)
         self.hidden = StackedLinear(stack, hidden, hidden)
         self.mean_and_log_std = StackedLinear(stack, hidden, 2 * action_size)
         self.register_buffer("mask", mask[:, None])  # [N, 1, D]
@@ -439,10 +463,10 @@ def make_policy(
     args: Args, stack: int, obs_size: int, action_size: int, mask: Tensor
 ) -> DiffusionPolicy | GaussianPolicy:
     """The policies of N agents, a stack of N or 1 for all, of the arguments' class and size; mask is [N, D]."""
+    sizes = stack, obs_size, action_size, args.actor_hidden
     if args.policy == "gaussian":
-        return GaussianPolicy(stack, obs_size, action_size, args.actor_hidden, mask)
-    sizes = stack, obs_size, action_size, args.actor_hidden, args.denoising_steps
-    return DiffusionPolicy(*sizes, mask, args.first_guess)
+        return GaussianPolicy(*sizes, args.gaussian_encoder_layers, mask)
+    return DiffusionPolicy(*sizes, args.encoder_layers, args.denoising_steps, mask, args.first_guess)
 
 
 class CriticEnsemble(nn.Module):
@@ -493,9 +517,9 @@ class LocalCritic(nn.Module):
     softmaxes, broader than the softmax of the mean wherever Q depends on what agent i cannot know.
     """
 
-    def __init__(self, stack: int, obs_size: int, action_size: int, hidden: int):
+    def __init__(self, stack: int, obs_size: int, action_size: int, hidden: int, num_layers: int):
         super().__init__()
-        self.observation = StackedLinear(stack, obs_size, hidden)
+        self.observation = make_encoder(stack, obs_size, hidden, num_layers)
         self.action = stacked_weight(stack, action_size, hidden)
         self.hidden = StackedLinear(stack, hidden, hidden)
         self.value = StackedLinear(stack, hidden, 1)
@@ -564,7 +588,8 @@ class Learner(nn.Module):
         stack = 1 if args.shared_policy and alike else num_agents
         self.policy = make_policy(args, stack, obs_size, action_size, mask)
         if args.policy == "diffusion":
-            self.local_critic = LocalCritic(stack, obs_size, action_size, args.local_critic_hidden)
+            sizes = obs_size, action_size, args.local_critic_hidden, args.encoder_layers
+            self.local_critic = LocalCritic(stack, *sizes)
         self.average_policy = deepcopy(self.policy).requires_grad_(False)
         sizes = args.num_critics, state_size, num_agents, action_size, args.critic_hidden, args.layer_norm
         self.critic = CriticEnsemble(*sizes)
@@ -1524,7 +1549,7 @@ def read_team(
         stored = {name: tuple(v) if isinstance(v, list) else v for name, v in contents["args"].items()}
     args = stored_arguments(flag, path, contents | {"args": stored}, args, given, free)
     with damage_reported(flag, path):
-        stack, obs_size, _ = tensors["observation.weight"].shape
+        stack, obs_size, _ = tensors["observation.0.weight"].shape
         mask = torch.from_numpy(tensors["mask"])[:, 0]
         policy = make_policy(args, stack, obs_size, mask.shape[-1], mask)
         copy_into(dict(policy.state_dict()), {name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
@@ -1592,7 +1617,7 @@ def team_to_play(
 
 def check_sizes(path: Path, policy: DiffusionPolicy | GaussianPolicy, mask: Tensor, obs_size: int) -> None:
     """Raise RunError unless the policies are for agents with these actions, mask [N, D], and observations."""
-    ours = *policy.mask[:, 0].shape, policy.observation.weight.shape[1]
+    ours = *policy.mask[:, 0].shape, policy.observation[0].weight.shape[1]
     theirs = *mask.shape, obs_size
     if ours != theirs:
         sizes = f"(agents, actions, observations) = {ours}, and the task has {theirs}"

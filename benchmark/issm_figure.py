@@ -51,7 +51,7 @@ def weighted_candidates(anchor: Tensor) -> tuple[Tensor, Tensor]:
 
 def learned_policy(num_updates: int = 3000, batch_size: int = 256) -> DiffusionPolicy:
     """A diffusion policy that has seen weighted candidates alone, proposed around its own actions."""
-    policy = DiffusionPolicy(1, 1, 1, 64, 20, torch.ones(1, 1), False)
+    policy = DiffusionPolicy(1, 1, 1, 64, 1, 20, torch.ones(1, 1), False)
     optimizer = Adam(policy.parameters(), 1e-3)
     obs = torch.zeros(1, batch_size, 1)
     for _ in range(num_updates):

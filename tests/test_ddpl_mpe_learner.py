@@ -389,7 +389,7 @@ def test_policy_is_the_softmax_of_the_mean():
 
 def test_local_critic_values_one_candidate_as_many():
     """One candidate at a time, and with no word from another agent."""
-    critic = ddpl_mpe.LocalCritic(3, 4, 2, 32)
+    critic = ddpl_mpe.LocalCritic(3, 4, 2, 32, 2)
     obs, candidates = torch.randn(3, 5, 4), torch.rand(3, 6, 5, 2)
     together = critic(obs, candidates)
     for m in range(6):
@@ -433,7 +433,7 @@ class Bowl(nn.Module):
 def test_blocks_learn_all_of_twelve_dimensions():
     learner = make_learner(mask=[[1.0] * 12], obs_size=1)
     learner.critic, obs = Bowl(), torch.ones(1, 64, 1)
-    for _ in range(600):
+    for _ in range(1200):
         learner.log_temperature.data.fill_(math.log(0.08))
         ddpl_mpe.update_diffusion(learner, state_of(obs), obs, learner.policy.sample(obs))
     actions = learner.policy.sample(torch.ones(1, 4000, 1))[0]

@@ -77,7 +77,7 @@ def test_random_play_has_a_row_for_each_task_with_returns(monkeypatch, tmp_path)
 
 def test_ways_to_play_are_actions_and_all_but_sampling_are_steadier_than_it():
     policy, _ = ddpl_mpe.load_team(TEAM)
-    obs = torch.randn(3, 5, policy.observation.weight.shape[1])
+    obs = torch.randn(3, 5, policy.observation[0].weight.shape[1])
     for name in deterministic_play.WAYS:
         way = deterministic_play.Way(policy, name)
         plays = torch.stack([way.sample(obs) for _ in range(8)])
@@ -98,7 +98,7 @@ def test_the_first_guess_of_an_exact_denoiser_is_the_mean():
         return (signal * x_t - denoised) / noise
 
     policy.forward = velocity
-    guess = deterministic_play.WAYS["first guess"](policy, torch.randn(3, 5, policy.observation.weight.shape[1]))
+    guess = deterministic_play.WAYS["first guess"](policy, torch.randn(3, 5, policy.observation[0].weight.shape[1]))
     torch.testing.assert_close(guess, torch.full((3, 5, 2), 0.3), atol=0.001, rtol=0)
 
 
@@ -116,7 +116,7 @@ def test_the_probability_flow_of_an_exact_denoiser_keeps_the_place_in_the_distri
         return (signal * x_t - denoised) / noise
 
     policy.forward = velocity
-    end = deterministic_play.probability_flow(policy, torch.randn(3, 5, policy.observation.weight.shape[1]))
+    end = deterministic_play.probability_flow(policy, torch.randn(3, 5, policy.observation[0].weight.shape[1]))
     deviations = -(0.5**0.5) * 0.3 / (0.5 * 0.4**2 + 0.5) ** 0.5
     torch.testing.assert_close(end, torch.full((3, 5, 2), 0.3 + deviations * 0.4), atol=0.015, rtol=0)
 

@@ -45,7 +45,7 @@ def team(script, folder, stack=2, **options):
     args = script.Args(actor_hidden=8, denoising_steps=3, **options)
     policy = script.make_policy(args, stack, 4, 3, MASK)
     for parameter in policy.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)  # a new policy's last layer is 0
+        torch.nn.init.normal_(parameter, std=0.3)  # a new policy's last layer is 0
     script.save_team(folder, args, policy)
     return args, policy
 
