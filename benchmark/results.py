@@ -327,7 +327,7 @@ def report() -> None:
         print()
     columns = "task", "arm", "beside", "steps", "each seed", "the defaults, each seed", "difference"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    pairs = ("smax_first", "smax"), ("smax_first", "smax_pooled"), ("smax_ablations", "smax")
+    pairs = ("mpe_ablations", "mpe"), ("smax_first", "smax"), ("smax_first", "smax_pooled"), ("smax_ablations", "smax")
     for ablations, defaults in (*pairs, ("qvpo_parts", "qvpo_parts")):
         tasks = {path.name for path in (RESULTS / defaults).glob("*") if path.is_dir()}
         for task in sorted(path for path in (RESULTS / ablations).glob("*") if path.name in tasks):
