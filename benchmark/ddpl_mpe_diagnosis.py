@@ -3,6 +3,7 @@
     python benchmark/ddpl_mpe_diagnosis.py                          # the scripts, with three and with six agents
     python benchmark/ddpl_mpe_diagnosis.py RUN_DIR [RUN_DIR ...]    # and the teams and critics of runs
     python benchmark/ddpl_mpe_diagnosis.py --examples               # what critics can learn from examples
+    python benchmark/ddpl_mpe_diagnosis.py --imitate                # what policies can learn from the best script
 
 Prints tables. Teams play deterministically, with averaged weights. Critics are asked what each of eight forces on
 the first agent is worth, five steps into an episode; the answer is compared with what the force brings when it is
@@ -13,6 +14,10 @@ rollouts with the four others. In brackets a 95 % percentile bootstrap over stat
 The examples are random places of six agents and landmarks, a new batch for every update, and for each the sum of the
 distances from a landmark to the nearest agent, which is most of the reward: R2 on other places, and how the change of
 it goes with the true one where the first agent moves by 0.2 in eight directions (a correlation).
+
+Imitation: one policy for all agents is fitted to the actions of the script that works out an assignment, in random
+places at random velocities, a new batch for every update, and then plays: the share of the actions' variance that it
+does not explain in other places, and its return.
 """
 
 import sys
@@ -204,6 +209,42 @@ def example_row(name: str, ensemble: type, num_agents: int = 6, updates: tuple[i
     return f"| {name} | {' | '.join(cells)} |"
 
 
+def imitation_row(num_agents: int, num_layers: int, updates: tuple[int, ...] = (2000, 4000, 8000)) -> str:
+    """Error and return of a policy with so many layers for the observation, after so many updates.
+
+    The policy is a Gaussian, of whose tanh of the mean the squared distance to the script's action is brought down.
+    """
+    torch.manual_seed(0)
+    policy = mpe.GaussianPolicy(1, 6 * num_agents, 2, mpe.Args().actor_hidden, num_layers, torch.ones(num_agents, 2))
+    optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
+
+    def examples(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Observations and the script's actions, both agents first."""
+        agents, landmarks = (
+            2.4 * torch.rand(batch_size, num_agents, 2) - 1.2,
+            2 * torch.rand(batch_size, num_agents, 2) - 1,
+        )
+        obs = observe(agents, landmarks)
+        obs[..., :2] = 0.4 * torch.randn(batch_size, num_agents, 2)
+        return obs.transpose(0, 1), torch.from_numpy(assigned(obs.numpy())).float().transpose(0, 1)
+
+    def error(obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        mean, _ = policy(obs)
+        return (torch.tanh(mean) - actions).square().mean()
+
+    held, cells = examples(2000), []
+    for update in range(1, updates[-1] + 1):
+        optimizer.zero_grad()
+        error(*examples(256)).backward()
+        optimizer.step()
+        if update in updates:
+            with torch.no_grad():
+                missed = error(*held) / held[1].var()
+            played = team_row("", num_agents, playing(policy)).split("|")[2]
+            cells.append(f"{missed:.2f}, {played.strip()}")
+    return f"| {num_agents} agents, {num_layers} layer{'s' * (num_layers > 1)} | {' | '.join(cells)} |"
+
+
 def load(folder: str) -> mpe.Learner:
     """What a run on simple_spread_v3 has learned. Raises RunError, naming the choices, if it is not one."""
     run_dir = mpe.existing_run("RUN_DIR", folder)
@@ -219,6 +260,11 @@ def main(folders: list[str]) -> None:
         print("| R2, correlation after so many updates | 1,000 | 2,000 | 4,000 |\n|---|---|---|---|")
         print(example_row("flat critics", mpe.CriticEnsemble), flush=True)
         print(example_row("pooled critics", mpe.PooledCriticEnsemble))
+        return
+    if folders == ["--imitate"]:
+        print("| error, return after so many updates | 2,000 | 4,000 | 8,000 |\n|---|---|---|---|")
+        for num_agents, num_layers in (3, 1), (3, 3), (6, 1), (6, 3):
+            print(imitation_row(num_agents, num_layers), flush=True)
         return
     try:
         learners = [load(folder) for folder in folders]

@@ -49,6 +49,13 @@ def test_pooled_critics_learn_more_from_examples(monkeypatch):
     assert all(p > f + 0.05 for p, f in zip(numbers(mpe.PooledCriticEnsemble), numbers(mpe.CriticEnsemble)))
 
 
+def test_policies_learn_from_the_script(monkeypatch):
+    monkeypatch.setattr(diagnosis, "EPISODES", 20)
+    cells = diagnosis.imitation_row(3, 3, (1, 300)).split("|")[2:4]
+    (before, left), (after, reached) = (map(float, cell.split(",")) for cell in cells)
+    assert before > 0.9 and after < 0.75 and reached > left + 3
+
+
 def test_the_better_the_script_the_higher_the_return(monkeypatch):
     monkeypatch.setattr(diagnosis, "EPISODES", 10)
     scripts = diagnosis.still, diagnosis.nearest, diagnosis.assigned
