@@ -399,6 +399,33 @@ def test_local_critic_values_one_candidate_as_many():
     assert changed.tolist() == [False, True, False]
 
 
+# ---- encoders
+
+
+def test_encoders_are_normalised_between_their_layers():
+    """What the first layer gives at ten times the size comes to the same, agent by agent."""
+    encoder, obs = ddpl_mpe.make_encoder(2, 4, 16, 3), torch.randn(2, 5, 4)
+    features = encoder(obs)
+    layers = [layer for layer in encoder if isinstance(layer, ddpl_mpe.StackedLinear)]
+    assert len(layers) == 3 and features.shape == (2, 5, 16)
+    layers[0].weight.data *= 10
+    torch.testing.assert_close(encoder(obs), features, rtol=1e-3, atol=1e-3)
+    obs[0] += 1
+    changed = (encoder(obs) - features).abs().flatten(1).amax(1) > 0.01
+    assert changed.tolist() == [True, False]
+    layers[2].weight.data *= 10  # behind the last layer nothing is normalised
+    assert encoder(obs).std() > 5 * features.std()
+    assert len(ddpl_mpe.make_encoder(2, 4, 16, 1)) == 1
+
+
+@pytest.mark.parametrize("policy, flag", [("diffusion", "encoder_layers"), ("gaussian", "gaussian_encoder_layers")])
+def test_the_flags_choose_the_layers(policy, flag):
+    learner = make_learner(policy, **{flag: 2})
+    networks = [learner.policy, learner.local_critic] if policy == "diffusion" else [learner.policy]
+    for network in networks:
+        assert sum(isinstance(layer, ddpl_mpe.StackedLinear) for layer in network.observation) == 2
+
+
 # ---- blocks of dimensions
 
 
