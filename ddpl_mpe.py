@@ -418,7 +418,7 @@ class DiffusionPolicy(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """tanh-Gaussians of the same sizes as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
+    """tanh-Gaussians of the width of the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
 
     def __init__(self, stack: int, obs_size: int, action_size: int, hidden: int, num_layers: int, mask: Tensor):
         super().__init__()
