@@ -146,8 +146,7 @@ def learners(policy="diffusion"):
     theirs = ddpl_mamujoco.Learner(torch_args, O, S, torch.ones(N, 4), alike=True)
     for name in ("policy", "critic", "target_critic", "local_critic"):
         if getattr(ours, name) is not None:
-            arrays = smax.named_arrays(getattr(ours, name)).items()
-            weights = {key[1:]: torch.tensor(np.asarray(x)) for key, x in arrays}
+            weights = {key: torch.tensor(np.asarray(x)) for key, x in named_as_in_torch(getattr(ours, name)).items()}
             assert set(weights) == {key for key, _ in getattr(theirs, name).named_parameters()}
             getattr(theirs, name).load_state_dict(weights, strict=False)  # PyTorch's policies have a mask besides
     theirs.log_temperature.data = torch.tensor(np.asarray(ours.log_temperature))
@@ -157,11 +156,17 @@ def learners(policy="diffusion"):
 TORCH_FIELDS = {field for field in ddpl_mamujoco.run_arguments(ddpl_mamujoco.Args())} - {"num_envs"}
 
 
+def named_as_in_torch(network):
+    """Its arrays; in PyTorch the layer that sees the observation is the first of an encoder."""
+    names = {".observation.weight": "observation.0.weight", ".observation.bias": "observation.0.bias"}
+    return {names.get(key, key[1:]): x for key, x in smax.named_arrays(network).items()}
+
+
 def assert_same_learner(ours, theirs, names):
     """But for rounding, which Adam makes whole steps of where a gradient is nothing else."""
     for name in names:
-        parameters, arrays = getattr(theirs, name).state_dict(), smax.named_arrays(getattr(ours, name))
-        differences = [abs(np.asarray(x) - parameters[key[1:]].numpy()).flatten() for key, x in arrays.items()]
+        parameters, arrays = getattr(theirs, name).state_dict(), named_as_in_torch(getattr(ours, name))
+        differences = [abs(np.asarray(x) - parameters[key].numpy()).flatten() for key, x in arrays.items()]
         assert (np.concatenate(differences) < 1e-4).mean() > 0.98, name
     assert_same(ours.log_temperature, theirs.log_temperature)
 
