@@ -365,7 +365,7 @@ def make_encoder(stack: int, obs_size: int, hidden: int, num_layers: int) -> nn.
     """Layers that see the observation alone, [S, B, O] -> [S, B, H], normalised between (LayerNorm).
 
     What else a network sees is added to their outcome. Where that is much, such as all steps of a diffusion or many
-    candidates, depth here costs next to nothing.
+    candidates, depth here costs little.
     """
     layers = [StackedLinear(stack, obs_size, hidden)]
     for _ in range(num_layers - 1):

@@ -55,6 +55,7 @@ def test_new_policies_follow_a_run_that_stays_as_it_is(monkeypatch, tmp_path, ca
     for options in (dict(), dict(policy="gaussian")):
         *_, first, last, _ = policy_fit.row("new", options, run, buffer).split("|")
         assert float(last.split(",")[0]) < float(first.split(",")[0]) - 0.1
+    assert mpe.update_temperature(run, torch.ones(3)) == {}
     assert all(torch.equal(value, before[name]) for name, value in run.state_dict().items())
 
     other = mpe.train(mpe.Args(policy="gaussian", total_timesteps=80, **few))["run_dir"]
