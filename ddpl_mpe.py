@@ -121,6 +121,10 @@ class Algorithm:
     """Central critics that look at one agent at a time and pool what they see, where agents have one size."""
     critic_hidden: int = 128
     """Width of the central critics' hidden layers; pooled critics look at an agent with two of half that width."""
+    entities: bool = True
+    """Networks that look at one landmark or agent at a time, where an observation lists such (simple_spread_v3)."""
+    entity_width: int = 32
+    """Width of the layers that do."""
     layer_norm: bool = False
     """Normalise these layers (LayerNorm), so that values do not run away where nothing has been seen for long."""
     actor_hidden: int = 128
@@ -366,6 +370,63 @@ def make_encoder(stack: int, obs_size: int, hidden: int, num_layers: int) -> nn.
     return nn.Sequential(*layers)
 
 
+NUM_HEADS = 4  # of attention
+
+
+class Entities(NamedTuple):
+    """How an observation lists things whose order means nothing: `own` numbers, then of every kind (how many, size)."""
+
+    own: int
+    kinds: tuple[tuple[int, int], ...]
+
+    def split(self, obs: Tensor) -> list[Tensor]:
+        """What obs [..., O] says of oneself [..., own] and of the things of each kind [..., how many, size]."""
+        sizes = [self.own, *(number * size for number, size in self.kinds)]
+        own, *kinds = obs[..., : sum(sizes)].split(sizes, -1)
+        return [own, *(part.unflatten(-1, shape) for part, shape in zip(kinds, self.kinds, strict=True))]
+
+
+class EntityEncoder(nn.Sequential):
+    """What make_encoder makes, with attention over the things that an observation lists (Vaswani et al. 2017).
+
+    One layer sees the observation as a whole. To its outcome comes what is made of the things: each is seen together
+    with what one knows of oneself, looks at the others in one block of attention, and is then pooled with them.
+    """
+
+    def __init__(self, stack: int, obs_size: int, hidden: int, entities: Entities, width: int):
+        super().__init__(StackedLinear(stack, obs_size, hidden))
+        self.entities = entities
+        self.own = StackedLinear(stack, entities.own, width)
+        self.kinds = nn.ModuleList(StackedLinear(stack, size, width) for _, size in entities.kinds)
+        self.thing = StackedLinear(stack, width, width)
+        self.query_key_value = StackedLinear(stack, width, 3 * width)
+        self.attended = StackedLinear(stack, width, width)
+        self.thought = StackedLinear(stack, width, width)
+        self.score = StackedLinear(stack, width, NUM_HEADS)
+        self.told = StackedLinear(stack, width, width)
+        self.pooled = StackedLinear(stack, width, hidden)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """[S, B, O] -> [S, B, H]."""
+        own, *kinds = self.entities.split(obs)
+        things = [each(layer, kind) for layer, kind in zip(self.kinds, kinds, strict=True)]
+        x = each(self.thing, F.silu(torch.cat(things, 2) + self.own(own)[:, :, None]))  # [S, B, E, W]
+        heads = each(self.query_key_value, self.norm(x)).unflatten(-1, (3 * NUM_HEADS, -1)).transpose(2, 3)
+        query, key, value = heads.chunk(3, dim=2)  # [S, B, NUM_HEADS, E, W / NUM_HEADS]
+        attention = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
+        x = x + each(self.attended, (attention @ value).transpose(2, 3).flatten(3))
+        x = self.norm(x + each(self.thought, F.silu(self.norm(x))))
+        weights = each(self.score, x).softmax(2)[..., None]
+        pooled = (weights * each(self.told, x).unflatten(-1, (NUM_HEADS, -1))).sum(2).flatten(2)  # [S, B, W]
+        return self[0](obs) + self.pooled(pooled)
+
+
+def each(layer: StackedLinear, x: Tensor) -> Tensor:
+    """The layer at every thing: [S, B, E, in] -> [S, B, E, out]."""
+    return layer(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+
+
 class DiffusionPolicy(nn.Module):
     """Denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent or one for all."""
 
@@ -458,8 +519,12 @@ def make_policy(
     """The policies of N agents, a stack of N or 1 for all, of the arguments' class and size; mask is [N, D]."""
     sizes = stack, obs_size, action_size, args.actor_hidden
     if args.policy == "gaussian":
-        return GaussianPolicy(*sizes, args.gaussian_encoder_layers, mask)
-    return DiffusionPolicy(*sizes, args.encoder_layers, args.denoising_steps, mask, args.first_guess)
+        policy = GaussianPolicy(*sizes, args.gaussian_encoder_layers, mask)
+    else:
+        policy = DiffusionPolicy(*sizes, args.encoder_layers, args.denoising_steps, mask, args.first_guess)
+    if entities := observed_entities(args, len(mask)):
+        policy.observation = EntityEncoder(stack, obs_size, args.actor_hidden, entities, args.entity_width)
+    return policy
 
 
 class CriticEnsemble(nn.Module):
@@ -560,6 +625,50 @@ class PooledCriticEnsemble(nn.Module):
         return self.value(F.relu(self.norm(self.pooled(seen)))).squeeze(-1)
 
 
+class EntityCriticEnsemble(PooledCriticEnsemble):
+    """The same, but each critic looks at one agent and one thing that it sees at a time: [..., H] is [..., E * W] here.
+
+    So of every thing the largest over the agents goes on. Each is then judged by itself, and the mean of them together:
+    what a team lacks is often a sum over things that no agent is near to.
+    """
+
+    def __init__(
+        self,
+        num_critics: int,
+        state_size: int,
+        num_agents: int,
+        action_size: int,
+        hidden: int,
+        layer_norm: bool,
+        entities: Entities,
+        width: int,
+    ):
+        super().__init__(num_critics, state_size, num_agents, action_size, hidden, layer_norm)
+        self.entities, self.width = entities, width
+        self.observation = StackedLinear(num_critics, entities.own, width)
+        self.kinds = nn.ModuleList(StackedLinear(num_critics, size, width) for _, size in entities.kinds)
+        self.action = stacked_weight(num_critics, action_size, width)
+        self.view = StackedLinear(num_critics, width, width)
+        self.thing = StackedLinear(num_critics, width, width)
+        self.pooled = StackedLinear(num_critics, width, hidden)
+        self.view_norm = nn.LayerNorm(width, elementwise_affine=False) if layer_norm else nn.Identity()
+
+    def context(self, obs: Tensor) -> Tensor:
+        own, *kinds = self.entities.split(obs.flatten(1, 2))
+        things = [each(layer, kind) for layer, kind in zip(self.kinds, kinds, strict=True)]
+        context = torch.cat(things, 2) + self.observation(own)[:, :, None]
+        return context.flatten(2).unflatten(1, obs.shape[1:3])
+
+    def see(self, context: Tensor, actions: Tensor) -> Tensor:
+        hidden = (actions.flatten(1, -2) @ self.action).unflatten(1, actions.shape[1:-1])
+        hidden = context.unflatten(-1, (-1, self.width)) + hidden[..., None, :]  # [K, ..., E, W]
+        return self.view(F.relu(self.view_norm(hidden)).flatten(1, -2)).view(*hidden.shape[:-2], -1)
+
+    def judge(self, seen: Tensor) -> Tensor:
+        things = F.relu(self.view_norm(seen.unflatten(-1, (-1, self.width))))  # [K, B, E, W]
+        return super().judge(F.relu(each(self.thing, things)).mean(2))
+
+
 class LocalCritic(nn.Module):
     """Q_i(o_i, a_i) of each agent: the central Q, averaged over all that agent i neither sees nor decides.
 
@@ -636,13 +745,19 @@ class Learner(nn.Module):
         self.args = args
         num_agents, action_size = mask.shape
         stack = 1 if args.shared_policy and alike else num_agents
+        entities = observed_entities(args, num_agents)
         self.policy = make_policy(args, stack, obs_size, action_size, mask)
         if args.policy == "diffusion":
             sizes = obs_size, action_size, args.local_critic_hidden, args.encoder_layers
             self.local_critic = LocalCritic(stack, *sizes)
+            if entities:
+                sizes = obs_size, args.local_critic_hidden, entities, args.entity_width
+                self.local_critic.observation = EntityEncoder(stack, *sizes)
         self.average_policy = deepcopy(self.policy).requires_grad_(False)
         sizes = args.num_critics, state_size, num_agents, action_size, args.critic_hidden, args.layer_norm
         ensemble = PooledCriticEnsemble if args.pooled_critics and alike else CriticEnsemble
+        if entities and args.pooled_critics:
+            ensemble, sizes = EntityCriticEnsemble, (*sizes, entities, args.entity_width)
         self.critic = ensemble(*sizes)
         self.target_critic = ensemble(*sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())
@@ -922,6 +1037,19 @@ def cooperative_tasks() -> list[str]:
     """The tasks that fit, asked of the installed mpe2."""
     tasks = {name.removeprefix("mpe/"): module for name, module in mpe_environments.items()}
     return [name for name, module in tasks.items() if not unfit(module.parallel_env(continuous_actions=True))]
+
+
+def observed_entities(args: Args, num_agents: int) -> Entities | None:
+    """The landmarks and other agents that an agent of simple_spread_v3 sees, each by the way to it, x and y.
+
+    In the other tasks things differ by their place in the list alone, or agents by what they see. What others say is
+    left out, since on simple_spread_v3 nobody can speak.
+    """
+    if not args.entities or args.env_id != "simple_spread_v3":
+        return None
+    require(args, "entity_width", args.entity_width % NUM_HEADS == 0, f"a multiple of {NUM_HEADS}")
+    landmarks, others = (num_agents, 2), (num_agents - 1, 2)
+    return Entities(4, (landmarks, others) if num_agents > 1 else (landmarks,))  # 4: one's velocity and place
 
 
 class VectorMPE:
