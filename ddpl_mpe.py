@@ -25,8 +25,8 @@ A team that has been trained is one small file, which --evaluate plays, and whic
     policy, args = load_team("benchmark/teams/simple_spread_v3.safetensors")
     actions = policy.sample(obs, deterministic=True)  # [N, B, O] -> [N, B, D], in [-1, 1]
 
-To fork it for another benchmark whose copies all end together, rewrite make_env and VectorMPE; where episodes end one
-by one, start from ddpl_mamujoco.py. A copy under another name refuses this script's checkpoints.
+To fork it for another benchmark whose copies all end together, rewrite make_env, observed_entities and VectorMPE; where
+episodes end one by one, start from ddpl_mamujoco.py. A copy under another name refuses this script's checkpoints.
 """
 
 import csv
@@ -629,7 +629,8 @@ class EntityCriticEnsemble(PooledCriticEnsemble):
     """The same, but each critic looks at one agent and one thing that it sees at a time: [..., H] is [..., E * W] here.
 
     So of every thing the largest over the agents goes on. Each is then judged by itself, and the mean of them together:
-    what a team lacks is often a sum over things that no agent is near to.
+    what a team lacks is often a sum over things that no agent is near to. The layers are always normalised: without it
+    they learn the distances of six agents from four times as many examples.
     """
 
     def __init__(
@@ -639,11 +640,10 @@ class EntityCriticEnsemble(PooledCriticEnsemble):
         num_agents: int,
         action_size: int,
         hidden: int,
-        layer_norm: bool,
         entities: Entities,
         width: int,
     ):
-        super().__init__(num_critics, state_size, num_agents, action_size, hidden, layer_norm)
+        super().__init__(num_critics, state_size, num_agents, action_size, hidden, layer_norm=True)
         self.entities, self.width = entities, width
         self.observation = StackedLinear(num_critics, entities.own, width)
         self.kinds = nn.ModuleList(StackedLinear(num_critics, size, width) for _, size in entities.kinds)
@@ -651,7 +651,7 @@ class EntityCriticEnsemble(PooledCriticEnsemble):
         self.view = StackedLinear(num_critics, width, width)
         self.thing = StackedLinear(num_critics, width, width)
         self.pooled = StackedLinear(num_critics, width, hidden)
-        self.view_norm = nn.LayerNorm(width, elementwise_affine=False) if layer_norm else nn.Identity()
+        self.view_norm = nn.LayerNorm(width, elementwise_affine=False)
 
     def context(self, obs: Tensor) -> Tensor:
         own, *kinds = self.entities.split(obs.flatten(1, 2))
@@ -757,7 +757,7 @@ class Learner(nn.Module):
         sizes = args.num_critics, state_size, num_agents, action_size, args.critic_hidden, args.layer_norm
         ensemble = PooledCriticEnsemble if args.pooled_critics and alike else CriticEnsemble
         if entities and args.pooled_critics:
-            ensemble, sizes = EntityCriticEnsemble, (*sizes, entities, args.entity_width)
+            ensemble, sizes = EntityCriticEnsemble, (*sizes[:-1], entities, args.entity_width)
         self.critic = ensemble(*sizes)
         self.target_critic = ensemble(*sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())

@@ -51,11 +51,8 @@ def controlled(script: ModuleType) -> dict:
         def __init__(self, args: script.Args, obs_size: int, state_size: int, mask: Tensor, alike: bool):
             super().__init__(args, obs_size, state_size, mask, alike)
             if args.policy == "gaussian":
-                stack, action_size = len(self.policy.observation[0].weight), mask.shape[1]
-                sizes = obs_size, action_size, args.local_critic_hidden, args.encoder_layers
-                local_critic = script.LocalCritic(stack, *sizes)
-                self.local_critic = local_critic.to(mask.device)
-                self.local_critic_optimizer = script.Adam(self.local_critic.parameters(), args.actor_lr)
+                other = script.Learner(replace(args, policy="diffusion"), obs_size, state_size, mask, alike)
+                self.local_critic, self.local_critic_optimizer = other.local_critic, other.local_critic_optimizer
             object.__setattr__(self.average_policy, "local_critic", self.local_critic)  # no part of it to save
 
     def update_gaussian(learner: Learner, state: Tensor, obs: Tensor) -> dict[str, Tensor]:

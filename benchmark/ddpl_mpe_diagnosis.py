@@ -23,6 +23,7 @@ does not explain in other places, and its return.
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,11 +173,16 @@ def observe(agents: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
     return torch.cat([nothing, agents, *(way.flatten(2) for way in ways), torch.zeros_like(ways[1]).flatten(2)], dim=-1)
 
 
-def example_row(name: str, ensemble: type, num_agents: int = 6, updates: tuple[int, ...] = (1000, 2000, 4000)) -> str:
-    """R2 and correlation of two critics with the default widths and learning rate after so many updates."""
+def example_row(
+    name: str, ensemble: type, *more: Any, num_agents: int = 6, updates: tuple[int, ...] = (1000, 2000, 4000)
+) -> str:
+    """R2 and correlation of two critics with the default widths and learning rate after so many updates.
+
+    `more` is what this ensemble is made with besides.
+    """
     torch.manual_seed(0)
     args, obs_size = mpe.Args(), 6 * num_agents
-    critic = ensemble(2, num_agents * obs_size, num_agents, 2, args.critic_hidden, args.layer_norm)
+    critic = ensemble(2, num_agents * obs_size, num_agents, 2, args.critic_hidden, args.layer_norm, *more)
     optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
 
     def places(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,13 +215,14 @@ def example_row(name: str, ensemble: type, num_agents: int = 6, updates: tuple[i
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def imitation_row(num_agents: int, num_layers: int, updates: tuple[int, ...] = (2000, 4000, 8000)) -> str:
-    """Error and return of a policy with so many layers for the observation, after so many updates.
+def imitation_row(num_agents: int, num_layers: int | None, updates: tuple[int, ...] = (2000, 4000, 8000)) -> str:
+    """Error and return of a policy with so many layers for the observation (None: attention), after so many updates.
 
     The policy is a Gaussian, of whose tanh of the mean the squared distance to the script's action is brought down.
     """
     torch.manual_seed(0)
-    policy = mpe.GaussianPolicy(1, 6 * num_agents, 2, mpe.Args().actor_hidden, num_layers, torch.ones(num_agents, 2))
+    args = mpe.Args(policy="gaussian", entities=num_layers is None, gaussian_encoder_layers=num_layers or 1)
+    policy = mpe.make_policy(args, 1, 6 * num_agents, 2, torch.ones(num_agents, 2))
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
 
     def examples(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,7 +249,8 @@ def imitation_row(num_agents: int, num_layers: int, updates: tuple[int, ...] = (
                 missed = error(*held) / held[1].var()
             played = team_row("", num_agents, playing(policy)).split("|")[2]
             cells.append(f"{missed:.2f}, {played.strip()}")
-    return f"| {num_agents} agents, {num_layers} layer{'s' * (num_layers > 1)} | {' | '.join(cells)} |"
+    network = f"{num_layers} layer{'s' * (num_layers > 1)}" if num_layers else "attention"
+    return f"| {num_agents} agents, {network} | {' | '.join(cells)} |"
 
 
 def load(folder: str) -> mpe.Learner:
@@ -259,12 +267,15 @@ def main(folders: list[str]) -> None:
     if folders == ["--examples"]:
         print("| R2, correlation after so many updates | 1,000 | 2,000 | 4,000 |\n|---|---|---|---|")
         print(example_row("flat critics", mpe.CriticEnsemble), flush=True)
-        print(example_row("pooled critics", mpe.PooledCriticEnsemble))
+        print(example_row("pooled critics", mpe.PooledCriticEnsemble), flush=True)
+        more = mpe.observed_entities(mpe.Args(), 6), mpe.Args().entity_width
+        print(example_row("critics that look at one agent and one thing at a time", mpe.EntityCriticEnsemble, *more))
         return
     if folders == ["--imitate"]:
         print("| error, return after so many updates | 2,000 | 4,000 | 8,000 |\n|---|---|---|---|")
-        for num_agents, num_layers in (3, 1), (3, 3), (6, 1), (6, 3):
-            print(imitation_row(num_agents, num_layers), flush=True)
+        for num_agents in 3, 6:
+            for num_layers in 1, 3, None:
+                print(imitation_row(num_agents, num_layers), flush=True)
         return
     try:
         learners = [load(folder) for folder in folders]

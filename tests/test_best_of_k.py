@@ -90,11 +90,12 @@ def test_what_a_control_cannot_do_is_told(option):
 def test_the_gaussians_local_critic_learns_beside_it(control, script, stack):
     """Its local critic comes to rank an action's candidates as the central critic does, and the policy is as it was."""
     sizes = {"obs_size": 4, "state_size": 12, "mask": torch.ones(3, 2), "alike": script is ddpl_mpe}
+    flat = {"entities": False} if script is ddpl_mpe else {}
     learners = []
     for under_control in (False, True):
         torch.manual_seed(0)
         module = control(script) if under_control else script
-        learners.append(module.Learner(script.Args(policy="gaussian"), **sizes))
+        learners.append(module.Learner(script.Args(policy="gaussian", **flat), **sizes))
         torch.manual_seed(1)
         state, obs = torch.randn(256, 12), torch.randn(3, 256, 4)
         metrics = module.update_gaussian(learners[-1], state, obs)

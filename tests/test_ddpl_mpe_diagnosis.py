@@ -41,19 +41,26 @@ def test_pooled_critics_learn_more_from_examples(monkeypatch):
             values = -ways.norm(dim=-1).amin(1).sum(-1)
             return values + 0 * super().forward(state, actions)
 
-    def numbers(ensemble):
-        row = diagnosis.example_row("", ensemble, 2, (300,))
+    def numbers(ensemble, *more):
+        row = diagnosis.example_row("", ensemble, *more, num_agents=2, updates=(300,))
         return [float(number) for number in row.split("|")[2].split(",")]
 
     assert numbers(Told) == [1, 1]
-    assert all(p > f + 0.05 for p, f in zip(numbers(mpe.PooledCriticEnsemble), numbers(mpe.CriticEnsemble)))
+    pooled = numbers(mpe.PooledCriticEnsemble)
+    assert all(p > f + 0.05 for p, f in zip(pooled, numbers(mpe.CriticEnsemble)))
+    one_by_one = numbers(mpe.EntityCriticEnsemble, mpe.observed_entities(mpe.Args(), 2), 32)
+    assert all(o > p + 0.05 for o, p in zip(one_by_one, pooled))
 
 
 def test_policies_learn_from_the_script(monkeypatch):
     monkeypatch.setattr(diagnosis, "EPISODES", 20)
-    cells = diagnosis.imitation_row(3, 3, (1, 300)).split("|")[2:4]
-    (before, left), (after, reached) = (map(float, cell.split(",")) for cell in cells)
-    assert before > 0.9 and after < 0.75 and reached > left + 3
+    errors = []
+    for num_layers in 3, None:
+        cells = diagnosis.imitation_row(3, num_layers, (1, 300)).split("|")[2:4]
+        (before, left), (after, reached) = (map(float, cell.split(",")) for cell in cells)
+        assert before > 0.8 and after < 0.75 and reached > left + 3
+        errors.append(after)
+    assert errors[1] < 0.6 * errors[0]  # attention sees who is nearer
 
 
 def test_the_better_the_script_the_higher_the_return(monkeypatch):

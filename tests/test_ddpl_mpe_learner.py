@@ -2,21 +2,39 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
 from torch import nn
 
 import ddpl_mpe
-from ddpl_mpe import Args, Batch, CriticEnsemble, Learner, PooledCriticEnsemble
+from ddpl_mpe import (
+    Args,
+    Batch,
+    CriticEnsemble,
+    Entities,
+    EntityCriticEnsemble,
+    EntityEncoder,
+    Learner,
+    PooledCriticEnsemble,
+    VectorMPE,
+)
 
 POLICIES = ["diffusion", "gaussian"]
-ENSEMBLES = [CriticEnsemble, PooledCriticEnsemble]
+SEEN = Entities(1, ((1, 2), (1, 1)))  # of an observation of four numbers
+
+
+def entity_critics(*sizes):
+    return EntityCriticEnsemble(*sizes, SEEN, 8)
+
+
+ENSEMBLES = [CriticEnsemble, PooledCriticEnsemble, entity_critics]
 
 
 def make_learner(policy="diffusion", mask=((1.0, 1), (1, 1), (1, 1)), obs_size=4, **options):
     """A learner whose agents have a policy each, unless the options say otherwise."""
-    options = {"shared_policy": False} | options
+    options = {"shared_policy": False, "entities": False} | options
     args = Args(policy=policy, actor_hidden=32, critic_hidden=32, actor_batch_size=16, **options)
     mask = torch.tensor(mask, dtype=torch.float32)
     return Learner(args, obs_size, len(mask) * obs_size, mask, alike=bool(mask.all()))
@@ -416,6 +434,137 @@ def test_encoders_are_normalised_between_their_layers():
     layers[2].weight.data *= 10  # behind the last layer nothing is normalised
     assert encoder(obs).std() > 5 * features.std()
     assert len(ddpl_mpe.make_encoder(2, 4, 16, 1)) == 1
+
+
+# ---- networks that look at one landmark or agent at a time
+
+
+def spread(num_agents, **options):
+    """A learner for simple_spread_v3, and observations [N, 8, O] of eight copies of it, each with its own weights."""
+    env = VectorMPE("simple_spread_v3", num_agents, 8)
+    obs = torch.from_numpy(env.reset(ddpl_mpe.episode_seeds(0, 1, 0, 8))).transpose(0, 1)
+    learner = Learner(Args(**options), env.obs_size, env.state_size, env.action_mask(), env.alike)
+    obs[..., :2] = torch.randn(num_agents, 8, 2)  # at rest otherwise
+    return learner, obs, env
+
+
+@pytest.mark.parametrize("num_agents", [1, 2, 4])
+def test_entities_are_where_the_task_says(num_agents):
+    """The ways to landmarks and to other agents, by where they are in the simulation."""
+    _, obs, env = spread(num_agents)
+    own, landmarks, *others = ddpl_mpe.observed_entities(Args(), num_agents).split(obs)
+    for e, copy in enumerate(env.envs):
+        world = copy.unwrapped.world
+        places, goals = (
+            torch.tensor(np.array([x.state.p_pos for x in group])) for group in (world.agents, world.landmarks)
+        )
+        for i in range(num_agents):
+            rest = torch.arange(num_agents) != i
+            torch.testing.assert_close(own[i, e, 2:].double(), places[i], atol=1e-6, rtol=0)
+            torch.testing.assert_close(landmarks[i, e].double(), goals - places[i], atol=1e-6, rtol=0)
+            if num_agents > 1:
+                torch.testing.assert_close(others[0][i, e].double(), places[rest] - places[i], atol=1e-6, rtol=0)
+
+
+def test_only_simple_spread_lists_entities_and_the_flag_turns_them_off():
+    reference = VectorMPE("simple_reference_v3", None, 1)
+    sizes = reference.obs_size, reference.state_size, reference.action_mask(), reference.alike
+    for learner in Learner(Args(env_id="simple_reference_v3"), *sizes), spread(3, entities=False)[0]:
+        networks = learner.policy.observation, learner.local_critic.observation, learner.critic
+        assert not any(isinstance(network, EntityEncoder | EntityCriticEnsemble) for network in networks)
+    learner, *_ = spread(3)
+    assert isinstance(learner.critic, EntityCriticEnsemble) and isinstance(learner.target_critic, EntityCriticEnsemble)
+    for policy in "diffusion", "gaussian":
+        assert isinstance(spread(3, policy=policy)[0].policy.observation, EntityEncoder)
+    assert isinstance(learner.local_critic.observation, EntityEncoder)
+    assert isinstance(spread(3, pooled_critics=False)[0].critic, CriticEnsemble)
+    with pytest.raises(ddpl_mpe.RunError, match="--entity-width: 30 is not valid; it must be a multiple of 4"):
+        spread(3, entity_width=30)
+
+
+def in_another_order(obs, landmarks, others):
+    """Observations [N, B, O] of four agents that list landmarks and other agents in these orders."""
+    own, rest = obs[..., :4], obs[..., 18:]
+    _, *kinds = ddpl_mpe.observed_entities(Args(), 4).split(obs)
+    kinds = [kind[:, :, order].flatten(2) for kind, order in zip(kinds, (landmarks, others), strict=True)]
+    return torch.cat([own, *kinds, rest], dim=-1)
+
+
+def test_the_order_of_things_means_nothing():
+    """Neither to critics nor to what encoders make of things, beside the one layer that sees all at once."""
+    learner, obs, _ = spread(4)
+    actions = torch.rand(4, 8, 2)
+    mixed = in_another_order(obs, [2, 0, 3, 1], [1, 2, 0])
+    swapped = torch.cat([obs[..., :10], obs[..., 12:14], obs[..., 10:12], obs[..., 14:]], dim=-1)
+    for network in learner.policy.observation, learner.local_critic.observation:
+        network[0].weight.data.zero_()
+        torch.testing.assert_close(network(mixed), network(obs))
+        assert (network(swapped) - network(obs)).abs().max() > 1e-3  # a landmark in the place of another agent
+    value = learner.critic(state_of(obs), actions)
+    torch.testing.assert_close(learner.critic(state_of(mixed), actions), value)
+    order = [1, 3, 0, 2]
+    torch.testing.assert_close(learner.critic(state_of(obs[order]), actions[order]), value)
+    assert (learner.critic(state_of(swapped), actions) - value).abs().max() > 1e-4
+
+
+def test_encoders_attend_as_torch_does():
+    """The whole network written out for one agent, with torch.nn.MultiheadAttention."""
+    encoder = EntityEncoder(1, 11, 16, Entities(3, ((2, 2), (3, 1))), 8).requires_grad_(False)
+    obs = torch.randn(1, 5, 11)
+    attention = nn.MultiheadAttention(8, ddpl_mpe.NUM_HEADS, batch_first=True).requires_grad_(False)
+    for ours, weight, bias in (
+        (encoder.query_key_value, attention.in_proj_weight, attention.in_proj_bias),
+        (encoder.attended, attention.out_proj.weight, attention.out_proj.bias),
+    ):
+        ours.bias.normal_()
+        weight.copy_(ours.weight[0].T)
+        bias.copy_(ours.bias[0, 0])
+
+    def apply(layer, x):
+        return x @ layer.weight[0] + layer.bias[0, 0]
+
+    rows = []
+    for row in obs[0]:
+        own, first, second = row[:3], row[3:7].view(2, 2), row[7:10].view(3, 1)
+        things = torch.cat([apply(encoder.kinds[0], first), apply(encoder.kinds[1], second)])
+        x = apply(encoder.thing, nn.functional.silu(things + apply(encoder.own, own)))
+        normal = nn.functional.layer_norm(x, (8,))[None]
+        x = x + attention(normal, normal, normal)[0][0]
+        x = x + apply(encoder.thought, nn.functional.silu(nn.functional.layer_norm(x, (8,))))
+        x = nn.functional.layer_norm(x, (8,))
+        weights = apply(encoder.score, x).softmax(0).repeat_interleave(2, dim=1)  # two numbers a head
+        rows.append(apply(encoder[0], row) + apply(encoder.pooled, (weights * apply(encoder.told, x)).sum(0)))
+    torch.testing.assert_close(encoder(obs)[0], torch.stack(rows))
+
+
+def test_encoders_of_a_stack_are_each_ones_own():
+    stack, obs = EntityEncoder(3, 4, 16, SEEN, 8), torch.randn(3, 5, 4)
+    for i in range(3):
+        alone = EntityEncoder(1, 4, 16, SEEN, 8)
+        alone.load_state_dict({name: weight[i : i + 1] for name, weight in stack.state_dict().items()})
+        torch.testing.assert_close(alone(obs[i : i + 1]), stack(obs)[i : i + 1])
+        torch.testing.assert_close(alone(obs)[i], stack(obs)[i])  # a stack of one serves all
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_entity_critics_judge_thing_by_thing(layer_norm):
+    """Written out: a network for an agent and a thing, the largest over agents, one for each thing, their mean."""
+    critic = EntityCriticEnsemble(1, 12, 3, 2, 16, layer_norm, SEEN, 8).requires_grad_(False)
+    state, actions = torch.randn(8, 12), torch.rand(3, 8, 2)
+    norm = (lambda x: nn.functional.layer_norm(x, x.shape[-1:])) if layer_norm else nn.Identity()
+
+    def apply(layer, x):
+        return x @ layer.weight[0] + layer.bias[0]
+
+    judged = []
+    for kind, columns in (0, slice(1, 3)), (1, slice(3, 4)):
+        seen = []
+        for obs, action in zip(state.split(4, dim=1), actions):
+            first = apply(critic.observation, obs[:, :1]) + apply(critic.kinds[kind], obs[:, columns])
+            seen.append(apply(critic.view, norm(first + action @ critic.action[0]).relu()))
+        judged.append(apply(critic.thing, norm(torch.stack(seen).amax(0)).relu()).relu())
+    hidden = norm(apply(critic.pooled, torch.stack(judged).mean(0))).relu()
+    torch.testing.assert_close(critic(state, actions)[0], apply(critic.value, hidden)[:, 0])
 
 
 @pytest.mark.parametrize("policy, flag", [("diffusion", "encoder_layers"), ("gaussian", "gaussian_encoder_layers")])

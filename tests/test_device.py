@@ -21,6 +21,8 @@ NUM_AGENTS, OBS_SIZE, STATE_SIZE, BATCH_SIZE = 3, 5, 15, 16
 
 def make_learner(script, policy, device="cpu"):
     options = dict(policy=policy, actor_hidden=16, critic_hidden=16, actor_batch_size=8, denoising_steps=2)
+    if script is ddpl_mpe:
+        options["entities"] = False
     torch.manual_seed(0)
     return script.Learner(script.Args(**options), OBS_SIZE, STATE_SIZE, MASK.to(device), alike=False)
 

@@ -63,7 +63,7 @@ def test_annotations_are_in_the_order_of_the_script():
     order = [name for name in quotes.definitions("ddpl_mpe.py") if "." not in name]
     assert headings == [name for name in order if name in headings] and len(headings) > 30
     functions = order[order.index("noise_schedule") : order.index("update_gaussian")]
-    helpers = {"affine", "StackedLinear", "make_policy"}  # of the note before them
+    helpers = {"affine", "StackedLinear", "make_policy", "each"}  # of the note before them
     assert set(functions) - helpers <= set(headings)
 
 

@@ -48,7 +48,10 @@ PPO = because(
     "GaussianPolicy Learner update save_checkpoint restore Progress EVALUATION_COLUMNS",
 )
 CLIPPED = because("gradients are clipped", "take_step")
-ALIKE = because("the particle environments' agents are alike, so their critics can be pooled", "Learner")
+ALIKE = because(
+    "the particle environments' agents are alike, so their critics can be pooled, and may list entities",
+    "Learner make_policy",
+)
 DIFFERENT = {
     (ddpl_mpe, ddpl_mamujoco): SETTINGS
     | TASK
@@ -154,7 +157,8 @@ TWIN = (
 ).split()
 # What only some of the three benchmarks need. Everything else is in all of them.
 OWN = {
-    ddpl_mpe: "PooledCriticEnsemble VectorMPE cooperative_tasks unfit",
+    ddpl_mpe: "Entities EntityCriticEnsemble EntityEncoder NUM_HEADS PooledCriticEnsemble VectorMPE cooperative_tasks "
+    "each observed_entities unfit",
     ddpl_mamujoco: "CONFIGURATIONS PACKAGES StackedAgents make_vector_env task_name vector_env",
     ddpl_isaaclab: "FAILURES StackedAgents Step anneal_learning_rates average_gradients everyones gathered make_config "
     "process_seed rank together world_size",
@@ -222,12 +226,20 @@ def test_the_three_benchmarks_learn_by_one_text(one, other):
     algorithm |= {"update", "compiled", "ReplayBuffer"}
     assert algorithm <= definitions(one).keys() & definitions(other).keys()
     assert algorithm & reasons(one, other).keys() <= {"Learner"}
-    choice = "        ensemble = PooledCriticEnsemble if args.pooled_critics and alike else CriticEnsemble\n"
+    choices = """\
+        ensemble = PooledCriticEnsemble if args.pooled_critics and alike else CriticEnsemble
+        entities = observed_entities(args, num_agents)
+        if entities and args.pooled_critics:
+            ensemble, sizes = EntityCriticEnsemble, (*sizes[:-1], entities, args.entity_width)
+            if entities:
+                sizes = obs_size, args.local_critic_hidden, entities, args.entity_width
+                self.local_critic.observation = EntityEncoder(stack, *sizes)
+""".splitlines()
     learners = {
-        definitions(script)["Learner"].replace(choice, "").replace(" CriticEnsemble(", " ensemble(")
+        tuple(line for line in definitions(script)["Learner"].splitlines() if line not in choices)
         for script in (one, other)
     }
-    assert len(learners) == 1  # but for the choice of critics
+    assert len({"\n".join(lines).replace(" CriticEnsemble(", " ensemble(") for lines in learners}) == 1
 
 
 def test_the_three_benchmarks_have_the_same_parts():
