@@ -178,11 +178,11 @@ def example_row(
 ) -> str:
     """R2 and correlation of two critics with the default widths and learning rate after so many updates.
 
-    `more` is what this ensemble is made with besides.
+    `more` is what this ensemble is made with besides, instead of whether it is normalised.
     """
     torch.manual_seed(0)
     args, obs_size = mpe.Args(), 6 * num_agents
-    critic = ensemble(2, num_agents * obs_size, num_agents, 2, args.critic_hidden, args.layer_norm, *more)
+    critic = ensemble(2, num_agents * obs_size, num_agents, 2, args.critic_hidden, *(more or [args.layer_norm]))
     optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr)
 
     def places(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

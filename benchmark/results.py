@@ -284,7 +284,8 @@ def success_rows(task: Path) -> list[str]:
 def compared() -> dict[str, list[comparison.Task]]:
     """The tasks on which diffusion and Gaussian policies are compared, by benchmark, and all of them.
 
-    A task that was also run with the longer budget (<benchmark>_long), with as many seeds, counts with that one alone.
+    A task that was also run with the longer budget (<benchmark>_long), with as many seeds, counts with that one alone;
+    one with fewer than three seeds of either policy does not count.
     """
     zeros = {row["task"]: float(row["return_mean"]) for row in csv.DictReader(open(RESULTS / "random.csv"))}
     groups = {}
@@ -296,6 +297,9 @@ def compared() -> dict[str, list[comparison.Task]]:
             if long and len(list(long.glob("*_[0-9]*.csv"))) >= len(list(folder.glob("*_[0-9]*.csv"))):
                 folder = long
             finals = [load(folder, arm, "deterministic")[1][:, -1] for arm in ("diffusion", "gaussian")]
+            if min(map(len, finals)) < 3:
+                print(f"{benchmark}/{folder.name} is not compared: fewer than three seeds")
+                continue
             task = comparison.Task(folder.name, *finals)
             if benchmark not in SCORES:
                 task = task.normalised(zeros[f"{folder.parent.name}/{folder.name}"])

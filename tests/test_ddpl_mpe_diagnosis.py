@@ -60,7 +60,7 @@ def test_policies_learn_from_the_script(monkeypatch):
         (before, left), (after, reached) = (map(float, cell.split(",")) for cell in cells)
         assert before > 0.8 and after < 0.75 and reached > left + 3
         errors.append(after)
-    assert errors[1] < 0.6 * errors[0]  # attention sees who is nearer
+    assert errors[1] < 0.8 * errors[0]  # attention sees who is nearer
 
 
 def test_the_better_the_script_the_higher_the_return(monkeypatch):

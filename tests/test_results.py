@@ -203,15 +203,16 @@ def test_an_ablation_is_compared_with_the_defaults_at_its_last_step(monkeypatch,
 def test_a_task_is_compared_with_its_longest_budget(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     for folder, final in (("mpe/a", 1.0), ("mpe/b", 1.0), ("mpe_long/b", 3.0)):
-        write_returns(tmp_path / folder, diffusion=final, gaussian=1.0)
+        write_returns(tmp_path / folder, diffusion=3 * [final], gaussian=3 * [1.0])
     lines = ["task,return_mean", "mpe/a,-1", "mpe/b,-2", "mpe_long/b,0"]
     (tmp_path / "random.csv").write_text("\n".join(lines))
     groups = results.compared()
     assert list(groups) == ["mpe", "all"] and [task.name for task in groups["all"]] == ["a", "b"]
-    assert [task.ours.item() for task in groups["mpe"]] == [1, 1.5]  # 3 of a mean of 2, above random play's 0
-    write_returns(tmp_path / "isaaclab" / "c", diffusion=[50, 25], gaussian=75)
+    assert [set(task.ours) for task in groups["mpe"]] == [{1}, {1.5}]  # 3 of a mean of 2, above random play's 0
+    write_returns(tmp_path / "isaaclab" / "c", diffusion=[50, 25, 0], gaussian=[75, 50, 50])
+    write_returns(tmp_path / "isaaclab" / "d", diffusion=[50, 25, 0], gaussian=[75, 50])  # too few to compare
     (task,) = results.compared()["isaaclab"]
-    assert task.ours.tolist() == [0.5, 0.25] and task.theirs.tolist() == [0.75]  # rates, as they are
+    assert task.ours.tolist() == [0.5, 0.25, 0] and task.theirs.tolist() == [0.75, 0.5, 0.5]  # rates, as they are
 
 
 def test_a_run_of_several_seeds_is_collected_seed_by_seed(monkeypatch, tmp_path):
