@@ -374,23 +374,24 @@ NUM_HEADS = 4  # of attention
 
 
 class Entities(NamedTuple):
-    """How an observation lists things whose order means nothing: `own` numbers, then of every kind (how many, size)."""
+    """How an observation lists entities in no special order: `own` numbers, then of every kind (how many, size)."""
 
     own: int
     kinds: tuple[tuple[int, int], ...]
 
     def split(self, obs: Tensor) -> list[Tensor]:
-        """What obs [..., O] says of oneself [..., own] and of the things of each kind [..., how many, size]."""
+        """What obs [..., O] says of oneself [..., own] and of the entities of each kind [..., how many, size]."""
         sizes = [self.own, *(number * size for number, size in self.kinds)]
         own, *kinds = obs[..., : sum(sizes)].split(sizes, -1)
         return [own, *(part.unflatten(-1, shape) for part, shape in zip(kinds, self.kinds, strict=True))]
 
 
 class EntityEncoder(nn.Sequential):
-    """What make_encoder makes, with attention over the things that an observation lists (Vaswani et al. 2017).
+    """Takes the place of make_encoder's layers where an observation lists entities, and attends to them.
 
-    One layer sees the observation as a whole. To its outcome comes what is made of the things: each is seen together
-    with what one knows of oneself, looks at the others in one block of attention, and is then pooled with them.
+    One layer sees the observation as a whole. To its outcome comes what is made of the entities: each is embedded
+    together with what one knows of oneself, attends to the others in one block of a transformer (Vaswani et al. 2017),
+    and is pooled with them by a softmax over entities.
     """
 
     def __init__(self, stack: int, obs_size: int, hidden: int, entities: Entities, width: int):
@@ -398,32 +399,32 @@ class EntityEncoder(nn.Sequential):
         self.entities = entities
         self.own = StackedLinear(stack, entities.own, width)
         self.kinds = nn.ModuleList(StackedLinear(stack, size, width) for _, size in entities.kinds)
-        self.thing = StackedLinear(stack, width, width)
+        self.embedding = StackedLinear(stack, width, width)
         self.query_key_value = StackedLinear(stack, width, 3 * width)
-        self.attended = StackedLinear(stack, width, width)
-        self.thought = StackedLinear(stack, width, width)
-        self.score = StackedLinear(stack, width, NUM_HEADS)
-        self.told = StackedLinear(stack, width, width)
-        self.pooled = StackedLinear(stack, width, hidden)
+        self.attention_output = StackedLinear(stack, width, width)
+        self.feed_forward = StackedLinear(stack, width, width)
+        self.pool_score = StackedLinear(stack, width, NUM_HEADS)
+        self.pool_value = StackedLinear(stack, width, width)
+        self.output = StackedLinear(stack, width, hidden)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
 
     def forward(self, obs: Tensor) -> Tensor:
         """[S, B, O] -> [S, B, H]."""
         own, *kinds = self.entities.split(obs)
-        things = [each(layer, kind) for layer, kind in zip(self.kinds, kinds, strict=True)]
-        x = each(self.thing, F.silu(torch.cat(things, 2) + self.own(own)[:, :, None]))  # [S, B, E, W]
+        entities = [each(layer, kind) for layer, kind in zip(self.kinds, kinds, strict=True)]
+        x = each(self.embedding, F.silu(torch.cat(entities, 2) + self.own(own)[:, :, None]))  # [S, B, E, W]
         heads = each(self.query_key_value, self.norm(x)).unflatten(-1, (3 * NUM_HEADS, -1)).transpose(2, 3)
         query, key, value = heads.chunk(3, dim=2)  # [S, B, NUM_HEADS, E, W / NUM_HEADS]
         attention = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)
-        x = x + each(self.attended, (attention @ value).transpose(2, 3).flatten(3))
-        x = self.norm(x + each(self.thought, F.silu(self.norm(x))))
-        weights = each(self.score, x).softmax(2)[..., None]
-        pooled = (weights * each(self.told, x).unflatten(-1, (NUM_HEADS, -1))).sum(2).flatten(2)  # [S, B, W]
-        return self[0](obs) + self.pooled(pooled)
+        x = x + each(self.attention_output, (attention @ value).transpose(2, 3).flatten(3))
+        x = self.norm(x + each(self.feed_forward, F.silu(self.norm(x))))
+        weights = each(self.pool_score, x).softmax(2)[..., None]
+        pooled = (weights * each(self.pool_value, x).unflatten(-1, (NUM_HEADS, -1))).sum(2).flatten(2)  # [S, B, W]
+        return self[0](obs) + self.output(pooled)
 
 
 def each(layer: StackedLinear, x: Tensor) -> Tensor:
-    """The layer at every thing: [S, B, E, in] -> [S, B, E, out]."""
+    """The layer at every entity: [S, B, E, in] -> [S, B, E, out]."""
     return layer(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
 
 
@@ -626,11 +627,11 @@ class PooledCriticEnsemble(nn.Module):
 
 
 class EntityCriticEnsemble(PooledCriticEnsemble):
-    """The same, but each critic looks at one agent and one thing that it sees at a time: [..., H] is [..., E * W] here.
+    """The same, but a critic looks at one agent and one entity that it sees at a time: [..., H] is [..., E * W] here.
 
-    So of every thing the largest over the agents goes on. Each is then judged by itself, and the mean of them together:
-    what a team lacks is often a sum over things that no agent is near to. The layers are always normalised: without it
-    they learn the distances of six agents from four times as many examples.
+    So of every entity the largest over the agents goes on. Each is then judged by itself, and the mean of them at last:
+    what a team lacks is often a sum over entities that no agent is near to. The layers are always normalised: otherwise
+    they learn how far six agents are from their landmarks from four times as many examples.
     """
 
     def __init__(
@@ -649,14 +650,14 @@ class EntityCriticEnsemble(PooledCriticEnsemble):
         self.kinds = nn.ModuleList(StackedLinear(num_critics, size, width) for _, size in entities.kinds)
         self.action = stacked_weight(num_critics, action_size, width)
         self.view = StackedLinear(num_critics, width, width)
-        self.thing = StackedLinear(num_critics, width, width)
+        self.entity = StackedLinear(num_critics, width, width)
         self.pooled = StackedLinear(num_critics, width, hidden)
         self.view_norm = nn.LayerNorm(width, elementwise_affine=False)
 
     def context(self, obs: Tensor) -> Tensor:
         own, *kinds = self.entities.split(obs.flatten(1, 2))
-        things = [each(layer, kind) for layer, kind in zip(self.kinds, kinds, strict=True)]
-        context = torch.cat(things, 2) + self.observation(own)[:, :, None]
+        entities = [each(layer, kind) for layer, kind in zip(self.kinds, kinds, strict=True)]
+        context = torch.cat(entities, 2) + self.observation(own)[:, :, None]
         return context.flatten(2).unflatten(1, obs.shape[1:3])
 
     def see(self, context: Tensor, actions: Tensor) -> Tensor:
@@ -665,8 +666,8 @@ class EntityCriticEnsemble(PooledCriticEnsemble):
         return self.view(F.relu(self.view_norm(hidden)).flatten(1, -2)).view(*hidden.shape[:-2], -1)
 
     def judge(self, seen: Tensor) -> Tensor:
-        things = F.relu(self.view_norm(seen.unflatten(-1, (-1, self.width))))  # [K, B, E, W]
-        return super().judge(F.relu(each(self.thing, things)).mean(2))
+        entities = F.relu(self.view_norm(seen.unflatten(-1, (-1, self.width))))  # [K, B, E, W]
+        return super().judge(F.relu(each(self.entity, entities)).mean(2))
 
 
 class LocalCritic(nn.Module):
@@ -1042,7 +1043,7 @@ def cooperative_tasks() -> list[str]:
 def observed_entities(args: Args, num_agents: int) -> Entities | None:
     """The landmarks and other agents that an agent of simple_spread_v3 sees, each by the way to it, x and y.
 
-    In the other tasks things differ by their place in the list alone, or agents by what they see. What others say is
+    In the other tasks entities differ by their place in the list alone, or agents by what they see. What others say is
     left out, since on simple_spread_v3 nobody can speak.
     """
     if not args.entities or args.env_id != "simple_spread_v3":

@@ -490,8 +490,8 @@ def in_another_order(obs, landmarks, others):
     return torch.cat([own, *kinds, rest], dim=-1)
 
 
-def test_the_order_of_things_means_nothing():
-    """Neither to critics nor to what encoders make of things, beside the one layer that sees all at once."""
+def test_the_order_of_entities_means_nothing():
+    """Neither to critics nor to what encoders make of entities, beside the one layer that sees all at once."""
     learner, obs, _ = spread(4)
     actions = torch.rand(4, 8, 2)
     mixed = in_another_order(obs, [2, 0, 3, 1], [1, 2, 0])
@@ -514,7 +514,7 @@ def test_encoders_attend_as_torch_does():
     attention = nn.MultiheadAttention(8, ddpl_mpe.NUM_HEADS, batch_first=True).requires_grad_(False)
     for ours, weight, bias in (
         (encoder.query_key_value, attention.in_proj_weight, attention.in_proj_bias),
-        (encoder.attended, attention.out_proj.weight, attention.out_proj.bias),
+        (encoder.attention_output, attention.out_proj.weight, attention.out_proj.bias),
     ):
         ours.bias.normal_()
         weight.copy_(ours.weight[0].T)
@@ -526,14 +526,14 @@ def test_encoders_attend_as_torch_does():
     rows = []
     for row in obs[0]:
         own, first, second = row[:3], row[3:7].view(2, 2), row[7:10].view(3, 1)
-        things = torch.cat([apply(encoder.kinds[0], first), apply(encoder.kinds[1], second)])
-        x = apply(encoder.thing, nn.functional.silu(things + apply(encoder.own, own)))
+        entities = torch.cat([apply(encoder.kinds[0], first), apply(encoder.kinds[1], second)])
+        x = apply(encoder.embedding, nn.functional.silu(entities + apply(encoder.own, own)))
         normal = nn.functional.layer_norm(x, (8,))[None]
         x = x + attention(normal, normal, normal)[0][0]
-        x = x + apply(encoder.thought, nn.functional.silu(nn.functional.layer_norm(x, (8,))))
+        x = x + apply(encoder.feed_forward, nn.functional.silu(nn.functional.layer_norm(x, (8,))))
         x = nn.functional.layer_norm(x, (8,))
-        weights = apply(encoder.score, x).softmax(0).repeat_interleave(2, dim=1)  # two numbers a head
-        rows.append(apply(encoder[0], row) + apply(encoder.pooled, (weights * apply(encoder.told, x)).sum(0)))
+        weights = apply(encoder.pool_score, x).softmax(0).repeat_interleave(2, dim=1)  # two numbers a head
+        rows.append(apply(encoder[0], row) + apply(encoder.output, (weights * apply(encoder.pool_value, x)).sum(0)))
     torch.testing.assert_close(encoder(obs)[0], torch.stack(rows))
 
 
@@ -546,8 +546,8 @@ def test_encoders_of_a_stack_are_each_ones_own():
         torch.testing.assert_close(alone(obs)[i], stack(obs)[i])  # a stack of one serves all
 
 
-def test_entity_critics_judge_thing_by_thing():
-    """Written out: a network for an agent and a thing, the largest over agents, one for each thing, their mean."""
+def test_entity_critics_judge_one_entity_at_a_time():
+    """Written out: a network for an agent and an entity, the largest over agents, one for each entity, their mean."""
     critic = EntityCriticEnsemble(1, 12, 3, 2, 16, SEEN, 8).requires_grad_(False)
     state, actions = torch.randn(8, 12), torch.rand(3, 8, 2)
 
@@ -563,7 +563,7 @@ def test_entity_critics_judge_thing_by_thing():
         for obs, action in zip(state.split(4, dim=1), actions):
             first = apply(critic.observation, obs[:, :1]) + apply(critic.kinds[kind], obs[:, columns])
             seen.append(apply(critic.view, norm(first + action @ critic.action[0]).relu()))
-        judged.append(apply(critic.thing, norm(torch.stack(seen).amax(0)).relu()).relu())
+        judged.append(apply(critic.entity, norm(torch.stack(seen).amax(0)).relu()).relu())
     hidden = norm(apply(critic.pooled, torch.stack(judged).mean(0))).relu()
     torch.testing.assert_close(critic(state, actions)[0], apply(critic.value, hidden)[:, 0])
 
