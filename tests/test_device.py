@@ -75,6 +75,26 @@ def test_an_update_leaves_no_tensor_behind(script, policy, stepped):
     assert learner.policy.sample(batch.obs, deterministic=True).is_meta
 
 
+def spread(policy, device="cpu"):
+    """A learner for three agents of simple_spread_v3, whose networks look at one entity at a time, and a batch."""
+    options = dict(policy=policy, actor_hidden=16, critic_hidden=16, actor_batch_size=8, denoising_steps=2)
+    torch.manual_seed(0)
+    learner = ddpl_mpe.Learner(ddpl_mpe.Args(**options), 18, 54, torch.ones(3, 2).to(device), alike=True)
+    assert isinstance(learner.critic, ddpl_mpe.EntityCriticEnsemble)
+    shapes = (3, BATCH_SIZE, 18), (3, BATCH_SIZE, 2), (BATCH_SIZE,), (BATCH_SIZE,), (3, BATCH_SIZE, 18)
+    torch.manual_seed(1)
+    return learner, ddpl_mpe.Batch(*(torch.rand(shape).to(device) for shape in shapes))
+
+
+@policies
+def test_networks_for_entities_leave_no_tensor_behind(policy, stepped):
+    learner, batch = spread(policy, "meta")
+    with OnMeta():
+        metrics = ddpl_mpe.update(learner, batch)
+    assert all(tensor.is_meta for tensor in (*metrics.values(), *tensors_of(learner)))
+    assert len(stepped) == len(learner.optimizers())
+
+
 @ddpl_scripts
 def test_the_same_seed_starts_with_the_same_networks_on_every_device(script, monkeypatch):
     """They are drawn on the CPU and then moved."""
@@ -115,6 +135,20 @@ def smooth(learner):
     return learner
 
 
+def assert_compiled_equals_eager(script, make):
+    """Three updates of what `make` makes, a learner and a batch."""
+    results = []
+    for compiling in (False, True):
+        learner, batch = make()
+        learner = smooth(learner)
+        update = script.compiled(script.update, learner) if compiling else script.update
+        torch.manual_seed(2)
+        metrics = [update(learner, batch) for _ in range(3)]
+        results.append([*tensors_of(learner), *(value for row in metrics for value in row.values())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "script",
     [ddpl_mpe, *(pytest.param(script, marks=pytest.mark.slow) for script in (ddpl_mamujoco, ddpl_isaaclab))],
@@ -123,15 +157,13 @@ def smooth(learner):
 @policies
 def test_a_compiled_update_equals_the_eager_one(script, policy):
     batch = make_buffer(script).sample(BATCH_SIZE)
-    results = []
-    for compiling in (False, True):
-        learner = smooth(make_learner(script, policy))
-        update = script.compiled(script.update, learner) if compiling else script.update
-        torch.manual_seed(2)
-        metrics = [update(learner, batch) for _ in range(3)]
-        results.append([*tensors_of(learner), *(value for row in metrics for value in row.values())])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+    assert_compiled_equals_eager(script, lambda: (make_learner(script, policy), batch))
+
+
+@pytest.mark.slow
+@policies
+def test_a_compiled_update_of_networks_for_entities_equals_the_eager_one(policy):
+    assert_compiled_equals_eager(ddpl_mpe, lambda: spread(policy))
 
 
 SMALL = dict(total_timesteps=600, learning_starts=200, eval_interval=300, eval_episodes=1, final_eval_episodes=1)
