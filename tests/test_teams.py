@@ -19,12 +19,12 @@ SCRIPTS = [ddpl_mpe, ddpl_mamujoco, ddpl_isaaclab]
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 TEAMS = Path(ddpl_mpe.__file__).parent / "benchmark" / "teams"
 MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
-OBS = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+OBS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
     "script, name, random, trained",
-    [(ddpl_mpe, "simple_spread_v3", -25.4, -14), (ddpl_mamujoco, "HalfCheetah_2x3", -284, 2500)],
+    [(ddpl_mpe, "simple_spread_v3", -25.4, -9), (ddpl_mamujoco, "HalfCheetah_2x3", -284, 2500)],
     ids=["mpe", "mamujoco"],
 )
 def test_the_trained_teams_play(script, name, random, trained):
@@ -43,9 +43,9 @@ def test_the_trained_teams_are_small():
 def team(script, folder, stack=2, **options):
     """A team's file in the folder, of two agents that nobody trained; returns its arguments and policies."""
     args = script.Args(actor_hidden=8, denoising_steps=3, **options)
-    policy = script.make_policy(args, stack, 4, 3, MASK)
+    policy = script.make_policy(args, stack, 12, 3, MASK)
     for parameter in policy.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # a new policy's last layer is 0
+        torch.nn.init.normal_(parameter, std=0.2)  # a new policy's last layer is 0
     script.save_team(folder, args, policy)
     return args, policy
 
@@ -177,7 +177,7 @@ def test_a_team_plays_its_own_task_only(tmp_path):
     team(ddpl_mpe, tmp_path)
     path = str(tmp_path / "team.safetensors")
     message = error_of(ddpl_mpe, evaluate=path)
-    assert "(agents, actions, observations) = (2, 3, 4), and the task has (3, 2, 18)" in message
+    assert "(agents, actions, observations) = (2, 3, 12), and the task has (3, 2, 18)" in message
     assert "drop --env-id" in error_of(ddpl_mpe, evaluate=path, env_id="simple_reference_v3")
 
 
