@@ -122,7 +122,10 @@ class Algorithm:
     critic_hidden: int = 128
     """Width of the central critics' hidden layers; pooled critics look at an agent with two of half that width."""
     entities: bool = True
-    """Networks that look at one landmark or agent at a time, where an observation lists such (simple_spread_v3)."""
+    """Networks that look at one landmark or agent at a time, where an observation lists such (simple_spread_v3).
+
+    There --layer-norm and both numbers of encoder layers then change nothing.
+    """
     entity_width: int = 32
     """Width of the layers that do."""
     layer_norm: bool = False
@@ -631,7 +634,7 @@ class EntityCriticEnsemble(PooledCriticEnsemble):
 
     So of every entity the largest over the agents goes on. Each is then judged by itself, and the mean of them at last:
     what a team lacks is often a sum over entities that no agent is near to. The layers are always normalised: otherwise
-    they learn how far six agents are from their landmarks from four times as many examples.
+    they learn how far six agents are from their landmarks from more than four times as many examples.
     """
 
     def __init__(
@@ -645,6 +648,7 @@ class EntityCriticEnsemble(PooledCriticEnsemble):
         width: int,
     ):
         super().__init__(num_critics, state_size, num_agents, action_size, hidden, layer_norm=True)
+        # Layers for one entity in the place of those for a whole observation.
         self.entities, self.width = entities, width
         self.observation = StackedLinear(num_critics, entities.own, width)
         self.kinds = nn.ModuleList(StackedLinear(num_critics, size, width) for _, size in entities.kinds)

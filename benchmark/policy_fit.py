@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ddpl_mpe as mpe  # noqa: E402
 
 UPDATES, STATES, SAMPLES, GRID = (1000, 2000, 4000), 400, 64, 61
-FLAT_ROWS = {
+ROWS = {
     "diffusion, one layer for the observation, 64 states": dict(encoder_layers=1, actor_batch_size=64),
     "diffusion, one layer, 256 states": dict(encoder_layers=1, actor_batch_size=256),
     "diffusion, one layer, 64 states, twice the width": dict(encoder_layers=1, actor_batch_size=64, actor_hidden=256),
@@ -27,10 +27,6 @@ FLAT_ROWS = {
     "diffusion, three layers, 128 states": dict(encoder_layers=3, actor_batch_size=128),
     "Gaussian, one layer, 256 states": dict(policy="gaussian", gaussian_encoder_layers=1),
     "Gaussian, three layers, 256 states": dict(policy="gaussian", gaussian_encoder_layers=3),
-}
-ROWS = {name: options | dict(entities=False) for name, options in FLAT_ROWS.items()} | {
-    "diffusion, attention to entities, 128 states": dict(),
-    "Gaussian, attention to entities, 256 states": dict(policy="gaussian"),
 }
 
 
@@ -76,7 +72,7 @@ def grid(num_agents: int, num_states: int) -> Tensor:
 def row(name: str, options: dict, run: mpe.Learner, buffer: Tensor) -> str:
     """Regrets of new policies of these options; `buffer` [size, N, O] holds the states."""
     torch.manual_seed(1)
-    args = replace(run.args, **options)
+    args = replace(run.args, entities=False, **options)  # the layers compared are those for a whole observation
     learner = mpe.Learner(args, buffer.shape[2], buffer[0].numel(), run.mask, alike=True)
     learner.log_temperature.data.copy_(run.log_temperature)
     learner.critic = SumOfLocal(run.local_critic)
