@@ -52,9 +52,14 @@ def test_new_policies_follow_a_run_that_stays_as_it_is(monkeypatch, tmp_path, ca
     run.local_critic.value.weight.data *= 30  # a small run's has no opinion yet
     before = {name: value.clone() for name, value in run.state_dict().items()}
     policy_fit.stand_still(run.local_critic)
+    made, learner = [], mpe.Learner
+    monkeypatch.setattr(
+        mpe, "Learner", lambda args, *sizes, **alike: made.append(args) or learner(args, *sizes, **alike)
+    )
     for options in (dict(), dict(policy="gaussian")):
         *_, first, last, _ = policy_fit.row("new", options, run, buffer).split("|")
         assert float(last.split(",")[0]) < float(first.split(",")[0]) - 0.1
+    assert [args.entities for args in made] == [False, False]  # layers for a whole observation are compared
     assert mpe.update_temperature(run, torch.ones(3)) == {}
     assert all(torch.equal(value, before[name]) for name, value in run.state_dict().items())
 
