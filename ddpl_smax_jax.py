@@ -47,7 +47,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import datetime
-from functools import partial
+from functools import partial, reduce
 from importlib.metadata import version
 from inspect import formatannotation
 from pathlib import Path
@@ -136,8 +136,6 @@ class Algorithm:
     """Discount factor."""
     num_steps: int = 5
     """Steps of reward in the critics' target, before their own value of what comes after."""
-    next_states: bool = False
-    """Let the policies learn at the states after these steps, not at the first: cheaper, but many end a battle."""
     tau: float = 0.01
     """Step of the target critic towards the critic, each update."""
     average_decay: float = 0.99
@@ -150,10 +148,8 @@ class Algorithm:
     """K, central critics; the policies climb their mean."""
     pessimism: float = 0.6
     """How many of the critics' standard deviations the target lies below their mean."""
-    pooled_critics: bool = True
-    """Let the central critics look at an agent with two layers and pool what they see; off: with one, and add it up."""
-    critic_view: int = 64
-    """Width of the layers with which the central critics look at one agent."""
+    entity_width: int = 32
+    """Width of the layers that look at one of the units that an agent sees."""
     critic_hidden: int = 128
     """Width of the central critics' two hidden layers after them."""
     actor_hidden: int = 128
@@ -230,6 +226,7 @@ class Args(Run, Diffusion, Temperature, Algorithm, Task):
 
 
 ACTION_SIZE = 4  # again at the last target, shoot, x, y; the first two: done where the number is not above 0
+OWN_FEATURES, UNIT_FEATURES = 10, 13  # numbers in an observation about oneself, and about another unit
 BATTLE = ("returns", "win_rate", "episode_length", "dead_allies")  # the numbers of a battle; returns are undiscounted
 EVALUATION_COLUMNS = ("global_step", "seconds", "mode", "seed", "return_mean", "return_std", "episodes", *BATTLE[1:])
 
@@ -361,8 +358,11 @@ def stacked_weight(key: Array, stack: int, in_features: int, out_features: int) 
 
 
 def product(x: Array, weight: Array) -> Array:
-    """x [S, B, in] times weight [S or 1, in, out]: one product of two matrices where a stack of one serves all."""
-    if len(weight) > 1:
+    """x [S, B, in] times weight [S or 1, in, out]: one product of two matrices where a stack of one serves all.
+
+    Or x [..., in] times the weight [in, out] of one of the stack.
+    """
+    if weight.ndim == 2 or len(weight) > 1:
         return x @ weight
     return (x.reshape(-1, x.shape[-1]) @ weight[0]).reshape(*x.shape[:-1], -1)
 
@@ -387,10 +387,64 @@ def layer_norm(x: Array) -> Array:
     return x * lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-5)
 
 
+def units(obs: Array) -> tuple[Array, Array, Array]:
+    """What obs [N, ..., O] say of oneself [N, ..., own], of the other agents [N, ..., N - 1, F] and of the enemies."""
+    others = obs[..., :-OWN_FEATURES].reshape(*obs.shape[:-1], -1, UNIT_FEATURES)
+    allies = len(obs) - 1
+    return obs[..., -OWN_FEATURES:], others[..., :allies, :], others[..., allies:, :]
+
+
+def each(layer: StackedLinear, x: Array) -> Array:
+    """The layer at every unit: [S, B, E, in] -> [S, B, E, out]."""
+    return layer(x.reshape(len(x), -1, x.shape[-1])).reshape(*x.shape[:3], -1)
+
+
+class EntityEncoder(NamedTuple):
+    """Layers that see an observation as a whole, and attend to the units that it lists.
+
+    To the outcome of one layer comes what is made of the units: each is embedded together with what one knows of
+    oneself, attends to the others in one block of a transformer (Vaswani et al. 2017) with a single head, and is pooled
+    with them by a softmax over units.
+    """
+
+    whole: StackedLinear
+    own: StackedLinear
+    ally: StackedLinear
+    enemy: StackedLinear
+    embedding: StackedLinear
+    query_key_value: StackedLinear
+    attention_output: StackedLinear
+    feed_forward: StackedLinear
+    pool_score: StackedLinear
+    pool_value: StackedLinear
+    output: StackedLinear
+
+    @classmethod
+    def create(cls, key: Array, stack: int, obs_size: int, hidden: int, width: int) -> "EntityEncoder":
+        sizes = {name: (width, width) for name in cls._fields}
+        sizes |= {"whole": (obs_size, hidden), "own": (OWN_FEATURES, width), "output": (width, hidden)}
+        sizes |= {"ally": (UNIT_FEATURES, width), "enemy": (UNIT_FEATURES, width)}
+        sizes |= {"query_key_value": (width, 3 * width), "pool_score": (width, 1)}
+        layers = zip(jax.random.split(key, len(sizes)), sizes.items())
+        return cls(**{name: StackedLinear.create(k, stack, *size) for k, (name, size) in layers})
+
+    def __call__(self, obs: Array) -> Array:
+        """[N, B, O] -> [N, B, H]."""
+        own, allies, enemies = units(obs)
+        x = jnp.concatenate([each(self.ally, allies), each(self.enemy, enemies)], axis=2) + self.own(own)[:, :, None]
+        x = each(self.embedding, silu(x))  # [N, B, E, W]
+        query, key, value = jnp.split(each(self.query_key_value, layer_norm(x)), 3, axis=-1)
+        attention = softmax(query @ key.mT / math.sqrt(query.shape[-1]), axis=-1)  # [N, B, E, E]
+        x = x + each(self.attention_output, attention @ value)
+        x = layer_norm(x + each(self.feed_forward, silu(layer_norm(x))))
+        weights = softmax(each(self.pool_score, x).mT, axis=-1)  # [N, B, 1, E]
+        return self.whole(obs) + self.output((weights @ each(self.pool_value, x))[:, :, 0])
+
+
 class DiffusionPolicy(NamedTuple):
     """Denoisers of T steps (DDPM, Ho et al. 2020; v-prediction, Salimans and Ho 2022), one per agent or one for all."""
 
-    observation: StackedLinear
+    observation: EntityEncoder
     time: Array  # [S, T + 1, H]
     noisy_action: Array
     hidden: StackedLinear
@@ -401,7 +455,7 @@ class DiffusionPolicy(NamedTuple):
         hidden = args.actor_hidden
         keys = jax.random.split(key, 4)
         return cls(
-            StackedLinear.create(keys[0], stack, obs_size, hidden),
+            EntityEncoder.create(keys[0], stack, obs_size, hidden, args.entity_width),
             0.3 * jax.random.normal(keys[1], (stack, args.denoising_steps + 1, hidden)),
             stacked_weight(keys[2], stack, ACTION_SIZE, hidden),
             StackedLinear.create(keys[3], stack, hidden, hidden),
@@ -438,15 +492,19 @@ class DiffusionPolicy(NamedTuple):
 class GaussianPolicy(NamedTuple):
     """tanh-Gaussians of the same sizes as the denoisers, as in soft actor-critic (Haarnoja et al. 2018)."""
 
-    observation: StackedLinear
+    observation: EntityEncoder
     hidden: StackedLinear
     mean_and_log_std: StackedLinear
 
     @classmethod
     def create(cls, key: Array, args: Args, stack: int, obs_size: int) -> "GaussianPolicy":
-        sizes = (obs_size, args.actor_hidden, args.actor_hidden, 2 * ACTION_SIZE)
-        layers = zip(jax.random.split(key, 3), sizes, sizes[1:])
-        return cls(*(StackedLinear.create(k, stack, i, o) for k, i, o in layers))
+        hidden = args.actor_hidden
+        keys = jax.random.split(key, 3)
+        return cls(
+            EntityEncoder.create(keys[0], stack, obs_size, hidden, args.entity_width),
+            StackedLinear.create(keys[1], stack, hidden, hidden),
+            StackedLinear.create(keys[2], stack, hidden, 2 * ACTION_SIZE),
+        )
 
     def __call__(self, obs: Array) -> tuple[Array, Array]:
         """Mean and log standard deviation [N, B, D] before the tanh."""
@@ -473,82 +531,91 @@ class GaussianPolicy(NamedTuple):
 class CriticEnsemble(NamedTuple):
     """K centralised critics Q_k(s, a_1..a_N) of the team reward. Their mean is Q; how they differ, how sure it is.
 
-    What an agent does means something by what stands around it, and the same for every agent. So each critic looks at
-    one agent at a time, at its view o_i and action a_i, with weights that all agents share. Of each number that it has
-    seen the largest over the agents goes on (a max pool): what counts is often that *some* agent does a thing. This it
-    judges together with the whole state. The action is also multiplied with the view: whether a vector points at an
-    enemy is a product of the two. With args.pooled_critics off, `look` is missing, and what was seen is added up.
+    What an agent does means something by what stands around it. So each critic looks at one agent i and one unit that
+    it sees at a time, with weights that all agents share. The action is also multiplied with this view: whether a
+    vector points at an enemy is a product of the two. Of every unit the largest numbers over the agents go on (a max
+    pool): what counts is often that *some* agent does a thing to it. This is judged by itself, and the mean over units
+    together with the whole state. The methods but for __call__ and score are those of a single critic.
     """
 
-    view: StackedLinear
-    gate: StackedLinear
+    own: StackedLinear  # this and the next two: a view, and by what to multiply the action
+    ally: StackedLinear
+    enemy: StackedLinear
     action: Array
-    look: StackedLinear | None
-    team: Array
+    look: StackedLinear
+    unit: StackedLinear
+    team: StackedLinear
     state: StackedLinear
     hidden: StackedLinear
     value: StackedLinear
 
     @classmethod
-    def create(cls, key: Array, args: Args, obs_size: int, state_size: int) -> "CriticEnsemble":
-        num_critics, view, hidden = args.num_critics, args.critic_view, args.critic_hidden
-        keys = jax.random.split(key, 7)
-        look_key = jax.random.fold_in(key, 7)
-        return cls(
-            StackedLinear.create(keys[0], num_critics, obs_size, view),
-            StackedLinear.create(keys[1], num_critics, obs_size, view),
-            stacked_weight(keys[2], num_critics, ACTION_SIZE, view),
-            StackedLinear.create(look_key, num_critics, view, view) if args.pooled_critics else None,
-            stacked_weight(keys[3], num_critics, view, hidden),
-            StackedLinear.create(keys[4], num_critics, state_size, hidden),
-            StackedLinear.create(keys[5], num_critics, hidden, hidden),
-            StackedLinear.create(keys[6], num_critics, hidden, 1),
-        )
+    def create(cls, key: Array, args: Args, state_size: int) -> "CriticEnsemble":
+        width, hidden = args.entity_width, args.critic_hidden
+        sizes = {
+            "own": (OWN_FEATURES, 2 * width),
+            "ally": (UNIT_FEATURES, 2 * width),
+            "enemy": (UNIT_FEATURES, 2 * width),
+        }
+        sizes |= {
+            "look": (width, width),
+            "unit": (width, width),
+            "team": (width, hidden),
+            "state": (state_size, hidden),
+        }
+        sizes |= {"hidden": (hidden, hidden), "value": (hidden, 1)}
+        *keys, action_key = jax.random.split(key, len(cls._fields))
+        layers = {
+            name: StackedLinear.create(k, args.num_critics, *size) for k, (name, size) in zip(keys, sizes.items())
+        }
+        return cls(action=stacked_weight(action_key, args.num_critics, ACTION_SIZE, width), **layers)
 
     def __call__(self, state: tuple[Array, Array], actions: Array) -> Array:
         """Values [K, B] of states, all agents' observations [N, B, O] and the world's [B, S], and actions [N, B, D]."""
-        obs, world = state
-        num_agents, batch_size, _ = actions.shape
-        rows = obs.reshape(num_agents * batch_size, -1)
-        seen = self.see(self.view(rows), self.gate(rows), actions.reshape(len(rows), -1) @ self.action)
-        seen = seen.reshape(len(self.team), num_agents, batch_size, -1)
-        seen = seen.sum(1) if self.look is None else seen.max(1)
-        return self.judge(seen @ self.team + self.state(world))
 
-    def see(self, view: Array, gate: Array, action: Array) -> Array:
-        """What is seen of one agent, from the first layer's parts [..., H]."""
-        seen = relu(layer_norm(view + (1 + gate) * action))
-        return seen if self.look is None else self.look(seen)
+        def value(critic: CriticEnsemble, obs: Array, world: Array) -> Array:
+            seen = critic.see(critic.context(obs), actions)
+            return critic.judge(reduce(jnp.maximum, seen), world)  # whose gradient is faster than that of max(0)
 
-    def judge(self, hidden: Array) -> Array:
-        """Values [K, B] of hidden [K, B, H]."""
-        return self.value(relu(layer_norm(self.hidden(relu(layer_norm(hidden))))))[..., 0]
+        return jax.vmap(value, in_axes=(0, None, None))(self, *state)
 
     def score(self, state: tuple[Array, Array], actions: Array, candidates: Array) -> Array:
         """Values [N, M, B] at states ([N, B, O], [B, S]) where agent i plays each of its candidates [N, M, B, D].
 
         The others play their actions [N, B, D]. Each critic scores its share of the states, B / K of them: what is
-        fitted to the scores learns the critics' mean, at the price of one. The candidates of a state share all that
-        does not depend on the agent's own action.
+        fitted to the scores learns the critics' mean, at the price of one. Each agent is seen once, and then with its
+        candidates.
         """
-        num_critics = len(self.team)
+        num_critics = len(self.action)
         obs, world = state
 
         def share(critic: CriticEnsemble, obs: Array, world: Array, actions: Array, candidates: Array) -> Array:
-            view, gate = critic.view(obs), critic.gate(obs)  # [N, B / K, H]
-            seen = critic.see(view, gate, actions @ critic.action)
-            own = critic.see(view[:, None], gate[:, None], candidates @ critic.action)  # [N, M, B / K, H]
-            if critic.look is None:
-                seen = (seen.sum(0) - seen)[:, None] + own
-            else:
-                oneself = jnp.eye(len(seen), dtype=bool)[:, :, None, None]
-                others = jnp.where(oneself, -jnp.inf, seen).max(1)
-                seen = jnp.maximum(others[:, None], own)
-            return critic.judge(seen @ critic.team + critic.state(world))
+            context = critic.context(obs)
+            seen = critic.see(context, actions)  # [N, B / K, E, W]
+            own = critic.see(context[:, None], candidates)  # [N, M, B / K, E, W]
+            oneself = jnp.eye(len(seen), dtype=bool)[:, :, None, None, None]
+            others = jnp.where(oneself, -jnp.inf, seen).max(1)
+            return critic.judge(jnp.maximum(others[:, None], own), world)
 
         parts = (obs, 1), (world, 0), (actions, 1), (candidates, 2)
         parts = (jnp.stack(jnp.split(x, num_critics, axis)) for x, axis in parts)
         return jnp.concatenate([*jax.vmap(share)(self, *parts)], axis=-1)
+
+    def context(self, obs: Array) -> Array:
+        """The first layer's share of observations [N, B, O]: [N, B, E, 2 W]."""
+        own, allies, enemies = units(obs)
+        return jnp.concatenate([self.ally(allies), self.enemy(enemies)], axis=2) + self.own(own)[:, :, None]
+
+    def see(self, context: Array, actions: Array) -> Array:
+        """What is seen [..., E, W] of agents whose observations give this context and who play actions [..., D]."""
+        view, gate = jnp.split(context, 2, axis=-1)
+        return self.look(relu(layer_norm(view + (1 + gate) * (actions @ self.action)[..., None, :])))
+
+    def judge(self, seen: Array, world: Array) -> Array:
+        """Values [..., B] of the most that was seen of every unit [..., B, E, W], in the world's states [B, S]."""
+        team = relu(self.unit(relu(layer_norm(seen)))).mean(-2)
+        hidden = self.hidden(relu(layer_norm(self.team(team) + self.state(world))))
+        return self.value(relu(layer_norm(hidden)))[..., 0]
 
 
 class LocalCritic(NamedTuple):
@@ -558,7 +625,7 @@ class LocalCritic(NamedTuple):
     softmaxes, broader than the softmax of the mean wherever Q depends on what agent i cannot know.
     """
 
-    observation: StackedLinear
+    observation: EntityEncoder
     action: Array
     hidden: StackedLinear
     value: StackedLinear
@@ -568,7 +635,7 @@ class LocalCritic(NamedTuple):
         hidden = args.local_critic_hidden
         keys = jax.random.split(key, 4)
         return cls(
-            StackedLinear.create(keys[0], stack, obs_size, hidden),
+            EntityEncoder.create(keys[0], stack, obs_size, hidden, args.entity_width),
             stacked_weight(keys[1], stack, ACTION_SIZE, hidden),
             StackedLinear.create(keys[2], stack, hidden, hidden),
             StackedLinear.create(keys[3], stack, hidden, 1),
@@ -608,7 +675,7 @@ class Learner(NamedTuple):
         stack = 1 if args.shared_policy else num_agents
         learned = {
             "policy": policy_class.create(policy_key, args, stack, obs_size),
-            "critic": CriticEnsemble.create(critic_key, args, obs_size, state_size),
+            "critic": CriticEnsemble.create(critic_key, args, state_size),
             "local_critic": LocalCritic.create(local_critic_key, args, stack, obs_size) if diffusion else None,
             "log_temperature": jnp.full(num_agents, math.log(args.init_temperature)),
         }
@@ -634,17 +701,12 @@ def update(
     sample_key, policy_key = jax.random.split(key)
     next_actions = learner.policy.sample(sample_key, batch.next_obs) * next_alive[..., None]
     learner, metrics = update_critic(learner, batch, next_actions, args)
-    obs, state = batch.obs, batch.state
-    if args.next_states:
-        obs, state, alive = batch.next_obs, batch.next_state, next_alive
     if isinstance(learner.policy, GaussianPolicy):
-        learner, more = update_gaussian(learner, (obs, state), obs, alive, args, policy_key)
+        learner, more = update_gaussian(learner, (batch.obs, batch.state), batch.obs, alive, args, policy_key)
     else:
         rows = slice(args.actor_batch_size)
-        obs, state, alive = obs[:, rows], state[rows], alive[:, rows]
-        actions = next_actions[:, rows]
-        if not args.next_states:
-            actions = learner.policy.sample(jax.random.fold_in(sample_key, 1), obs) * alive[..., None]
+        obs, state, alive = batch.obs[:, rows], batch.state[rows], alive[:, rows]
+        actions = learner.policy.sample(jax.random.fold_in(sample_key, 1), obs) * alive[..., None]
         learner, more = update_diffusion(learner, (obs, state), obs, actions, alive, args, policy_key)
     average = optax.incremental_update(learner.policy, learner.average_policy, 1 - args.average_decay)
     return learner._replace(average_policy=average), metrics | more
@@ -1501,7 +1563,7 @@ def read_team(flag: str, path: Path, args: Args, given: Collection[str], free: C
     tensors, contents = read_file(flag, path)
     args = stored_arguments(flag, path, contents, args, given, free)
     with damage_reported(flag, path):
-        stack, obs_size = tensors[".observation.weight"].shape[1:3]
+        stack, obs_size = tensors[".observation.whole.weight"].shape[1:3]
         policy_class = DiffusionPolicy if args.policy == "diffusion" else GaussianPolicy
         create = partial(policy_class.create, args=args, stack=stack, obs_size=obs_size)
         shapes = jax.eval_shape(jax.vmap(create), jax.random.split(jax.random.PRNGKey(0), args.num_seeds))

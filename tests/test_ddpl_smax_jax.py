@@ -12,7 +12,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ddpl_mamujoco
+import ddpl_mpe
 import ddpl_smax_jax as smax
 from benchmark import ddpl_smax_jax_diagnosis as smax_diagnosis
 from benchmark import ddpl_smax_jax_ippo as smax_ippo
@@ -40,7 +40,7 @@ SMALL = dict(
 SMALL |= dict(eval_interval=128, eval_episodes=2, final_eval_episodes=3, critic_hidden=16, actor_hidden=8)
 SMALL |= dict(local_critic_hidden=8, batch_size=16, actor_batch_size=8, denoising_steps=3, buffer_size=200)
 ONE_STEP = SMALL | dict(log_interval=8)  # of every battle in a chunk
-N, O, S, B = 3, 5, 7, 8  # noqa: E741, agents, sizes of observation and state, batch
+N, E, O, S, B = 3, 2, 62, 7, 8  # noqa: E741, agents, enemies, sizes of observation and state, batch
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,9 +127,26 @@ def torch_critics(key, args):
     return TorchCritics(layers[0], weights[1], *layers[2:])
 
 
+class UnitsFirst(ddpl_mpe.Entities):
+    """Entities of observations that end with what one knows of oneself."""
+
+    def split(self, obs):
+        return super().split(torch.cat([obs[..., -self.own :], obs[..., : -self.own]], -1))
+
+
+def torch_encoder(stack, obs_size, hidden, num_layers):
+    """In the place of the layers of ddpl_mamujoco.py: those of ddpl_mpe.py, with a single head of attention."""
+    return ddpl_mpe.EntityEncoder(stack, obs_size, hidden, UnitsFirst(10, ((N - 1, 13), (E, 13))), width=8)
+
+
+@pytest.fixture(autouse=True)
+def a_single_head(monkeypatch):
+    monkeypatch.setattr(ddpl_mpe, "NUM_HEADS", 1)
+
+
 def learners(policy="diffusion"):
     """The learner in JAX, and the same parameters in PyTorch."""
-    sizes = dict(critic_hidden=16, actor_hidden=8, local_critic_hidden=8, actor_batch_size=B)
+    sizes = dict(critic_hidden=16, actor_hidden=8, local_critic_hidden=8, actor_batch_size=B, entity_width=8)
     args = Args(policy=policy, shared_policy=False, **sizes)
     torch_args = ddpl_mamujoco.Args(
         first_guess=False, **{k: getattr(args, k) for k in smax.run_arguments(args) if k in TORCH_FIELDS}
@@ -143,7 +160,9 @@ def learners(policy="diffusion"):
         target_critic=jax.tree.map(lambda x: x - 0.05, ours.critic),
         log_temperature=jnp.log(jnp.array([0.05, 0.2, 1.0])),
     )
-    theirs = ddpl_mamujoco.Learner(torch_args, O, S, torch.ones(N, 4), alike=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddpl_mamujoco, "make_encoder", torch_encoder)
+        theirs = ddpl_mamujoco.Learner(torch_args, O, S, torch.ones(N, 4), alike=True)
     for name in ("policy", "critic", "target_critic", "local_critic"):
         if getattr(ours, name) is not None:
             weights = {key: torch.tensor(np.asarray(x)) for key, x in named_as_in_torch(getattr(ours, name)).items()}
@@ -157,9 +176,14 @@ TORCH_FIELDS = {field for field in ddpl_mamujoco.run_arguments(ddpl_mamujoco.Arg
 
 
 def named_as_in_torch(network):
-    """Its arrays; in PyTorch the layer that sees the observation is the first of an encoder."""
-    names = {".observation.weight": "observation.0.weight", ".observation.bias": "observation.0.bias"}
-    return {names.get(key, key[1:]): x for key, x in smax.named_arrays(network).items()}
+    """Its arrays; in PyTorch an encoder numbers the layer that sees the whole observation and those of each kind."""
+
+    def in_torch(name):
+        for ours, theirs in (("whole", "0"), ("ally", "kinds.0"), ("enemy", "kinds.1")):
+            name = name.replace(f".observation.{ours}.", f".observation.{theirs}.")
+        return name[1:]
+
+    return {in_torch(name): x for name, x in smax.named_arrays(network).items()}
 
 
 def assert_same_learner(ours, theirs, names):
@@ -333,11 +357,11 @@ def test_diffusion_learns_the_same(monkeypatch):
 # ---- the central critics
 
 
-@pytest.fixture(params=[True, False], ids=["pooled", "summed"])
-def critics(request):
+@pytest.fixture
+def critics():
     """Critics, what they see, actions and candidates."""
-    args = Args(num_critics=4, critic_view=6, critic_hidden=16, pooled_critics=request.param)
-    ensemble = smax.CriticEnsemble.create(jax.random.PRNGKey(0), args, O, S)
+    args = Args(num_critics=4, entity_width=6, critic_hidden=16)
+    ensemble = smax.CriticEnsemble.create(jax.random.PRNGKey(0), args, S)
     ensemble = jax.tree.map(lambda x: x + 0.1, ensemble)
     (obs, _), (world, _), (actions, _), (candidates, _) = both(N, B, O), both(B, S), both(N, B, 4), both(N, 16, B, 4)
     return ensemble, (obs, world), actions, candidates
@@ -355,14 +379,18 @@ def test_critics_in_numpy(critics):
     critic = jax.tree.map(lambda x: np.asarray(x[2], np.float64), ensemble)
     linear = lambda layer, x: x @ layer.weight + layer.bias[0]  # noqa: E731
     for row in range(B):
-        agents = []
-        for agent in range(N):
-            o, a = np.asarray(obs[agent, row]), np.asarray(actions[agent, row])
-            agents.append(
-                np.maximum(normal(linear(critic.view, o) + (1 + linear(critic.gate, o)) * (a @ critic.action)), 0)
-            )
-        seen = sum(agents) if critic.look is None else np.max([linear(critic.look, agent) for agent in agents], axis=0)
-        total = linear(critic.state, world[row]) + seen @ critic.team
+        team = []
+        for unit in range(N - 1 + E):
+            seen = []
+            for agent in range(N):
+                o, a = np.asarray(obs[agent, row]), np.asarray(actions[agent, row])
+                layer = critic.ally if unit < N - 1 else critic.enemy
+                first = linear(critic.own, o[-10:]) + linear(layer, o[13 * unit : 13 * unit + 13])
+                hidden = first[:6] + (1 + first[6:]) * (a @ critic.action)
+                seen.append(linear(critic.look, np.maximum(normal(hidden), 0)))
+            most = normal(np.max(seen, axis=0))
+            team.append(np.maximum(linear(critic.unit, np.maximum(most, 0)), 0))
+        total = linear(critic.state, world[row]) + linear(critic.team, np.mean(team, axis=0))
         hidden = linear(critic.hidden, np.maximum(normal(total), 0))
         value = linear(critic.value, np.maximum(normal(hidden), 0))
         np.testing.assert_allclose(q[2, row], value[0], rtol=1e-4, atol=1e-4)
@@ -387,23 +415,55 @@ def test_critics_treat_agents_alike(critics):
     )
 
 
+def test_the_order_of_units_means_nothing(critics):
+    """Neither to critics nor to what encoders make of the units, beside the one layer that sees all at once."""
+    ensemble, (obs, world), actions, _ = critics
+    *seen, own = (obs[..., first : first + 13] for first in range(0, O, 13))
+    reordered = jnp.concatenate([seen[1], seen[0], seen[3], seen[2], own], axis=-1)
+    np.testing.assert_allclose(
+        ensemble((obs, world), actions), ensemble((reordered, world), actions), rtol=1e-4, atol=1e-4
+    )
+    encoder = smax.EntityEncoder.create(jax.random.PRNGKey(0), N, O, 16, 8)
+    encoder = encoder._replace(whole=jax.tree.map(jnp.zeros_like, encoder.whole))
+    np.testing.assert_allclose(encoder(obs), encoder(reordered), rtol=1e-4, atol=1e-5)
+    kinds_swapped = jnp.concatenate([seen[2], seen[3], seen[0], seen[1], own], axis=-1)
+    assert abs(encoder(obs) - encoder(kinds_swapped)).max() > 0.01
+
+
+def test_units_are_where_the_package_puts_them():
+    """Allies without oneself, then enemies, by what is seen of them: the way to them is theirs minus one's own."""
+    env = make_env(Args(map_name="5m_vs_6m"))
+    assert (len(env.own_features), len(env.unit_features)) == (smax.OWN_FEATURES, smax.UNIT_FEATURES)
+    env_state, obs, _ = smax.reset(env, jax.random.PRNGKey(0))
+    own, allies, enemies = smax.units(obs)
+    assert (own.shape, allies.shape, enemies.shape) == ((5, 10), (5, 4, 13), (5, 6, 13))
+    places = env_state.state.unit_positions
+    np.testing.assert_allclose(own[:, 1:3] * jnp.array([env.map_width, env.map_height]), places[:5], rtol=1e-5)
+    sight = env.unit_type_sight_ranges[env_state.state.unit_types[:5]]
+    for agent in range(5):
+        others = [unit for unit in range(5) if unit != agent]
+        for units, numbers in ((allies, others), (enemies, range(5, 11))):
+            for unit, number in zip(units[agent], numbers, strict=True):
+                way = places[number] - places[agent]
+                visible = jnp.linalg.norm(way) < sight[agent]
+                np.testing.assert_allclose(unit[1:3] * sight[agent], jnp.where(visible, way, 0), atol=1e-5)
+
+
 # ---- the dead
 
 
 def test_the_dead_learn_nothing():
     """What a dead agent saw and did changes neither its own parameters nor the temperature."""
-    for policy, next_states in product(("diffusion", "gaussian"), (False, True)):
+    for policy in ("diffusion", "gaussian"):
         args, learner, _ = learners(policy)
-        args = replace(args, next_states=next_states)
         batch, _ = batches()
         alive = jnp.ones((N, B)).at[1].set(0)
-        seen = "next_obs" if next_states else "obs"
         key = jax.random.PRNGKey(0)
         results = []
         for shift in (0.0, 3.0):
-            moved = batch._replace(**{seen: getattr(batch, seen).at[1].add(shift)})
+            moved = batch._replace(obs=batch.obs.at[1].add(shift))
             results.append(smax.update(learner, moved, alive, alive, args, key)[0])
-        for name in ("policy", "local_critic", "log_temperature", *(("critic",) if next_states else ())):
+        for name in ("policy", "local_critic", "log_temperature"):
             pairs = zip(jax.tree.leaves(getattr(results[0], name)), jax.tree.leaves(getattr(results[1], name)))
             for one, other in pairs:
                 np.testing.assert_allclose(one, other, atol=1e-6)
@@ -413,11 +473,10 @@ def test_the_dead_learn_nothing():
 
 
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
-@pytest.mark.parametrize("next_states", [False, True])
-def test_policies_learn_at_the_states_they_are_told_to(policy, next_states, monkeypatch):
-    """And at each with its own living; the diffusion policy's actions there are its own."""
+def test_policies_learn_at_the_first_states(policy, monkeypatch):
+    """With those who live there; the diffusion policy's actions there are its own."""
     args, learner, _ = learners(policy)
-    args = replace(args, next_states=next_states, actor_batch_size=B // 2)
+    args = replace(args, actor_batch_size=B // 2)
     batch, _ = batches()
     alive, next_alive = jnp.ones((N, B)).at[0, :3].set(0), jnp.ones((N, B)).at[1, :3].set(0)
     name, calls = f"update_{policy}", []
@@ -425,9 +484,8 @@ def test_policies_learn_at_the_states_they_are_told_to(policy, next_states, monk
     smax.update(learner, batch, alive, next_alive, args, jax.random.PRNGKey(0))
     ((_, (seen, state), obs, *actions, living, _, _),) = calls
     rows = B // 2 if policy == "diffusion" else B
-    expected = (batch.next_obs, batch.next_state, next_alive) if next_states else (batch.obs, batch.state, alive)
-    assert (obs == expected[0][:, :rows]).all() and (seen == obs).all() and (state == expected[1][:rows]).all()
-    assert (living == expected[2][:, :rows]).all()
+    assert (obs == batch.obs[:, :rows]).all() and (seen == obs).all() and (state == batch.state[:rows]).all()
+    assert (living == alive[:, :rows]).all()
     for drawn in actions:
         assert drawn.shape == (N, rows, 4) and ((drawn == 0).all(-1) == (living == 0)).all()
 
