@@ -28,7 +28,8 @@ A team that has been trained is one small file, which --evaluate plays, and whic
     actions = policy.sample(key, obs, deterministic=True)  # [N, B, O] -> [N, B, D], in [-1, 1]
 
 To fork it for another environment in JAX, rewrite the section on the environment: make_env, and the arrays that reset,
-step and living bring. A copy under another name refuses this script's checkpoints.
+step and living bring; and `units`, which says how an observation lists what an agent sees. A copy under another name
+refuses this script's checkpoints.
 """
 
 import csv
@@ -388,7 +389,10 @@ def layer_norm(x: Array) -> Array:
 
 
 def units(obs: Array) -> tuple[Array, Array, Array]:
-    """What obs [N, ..., O] say of oneself [N, ..., own], of the other agents [N, ..., N - 1, F] and of the enemies."""
+    """What obs [N, ..., O] say of oneself [N, ..., own], of the other agents [N, ..., N - 1, F] and of the enemies.
+
+    They have to be those of all N agents, since N - 1 is how many of the units are allies.
+    """
     others = obs[..., :-OWN_FEATURES].reshape(*obs.shape[:-1], -1, UNIT_FEATURES)
     allies = len(obs) - 1
     return obs[..., -OWN_FEATURES:], others[..., :allies, :], others[..., allies:, :]
@@ -535,10 +539,10 @@ class CriticEnsemble(NamedTuple):
     it sees at a time, with weights that all agents share. The action is also multiplied with this view: whether a
     vector points at an enemy is a product of the two. Of every unit the largest numbers over the agents go on (a max
     pool): what counts is often that *some* agent does a thing to it. This is judged by itself, and the mean over units
-    together with the whole state. The methods but for __call__ and score are those of a single critic.
+    together with the whole state. `context`, `see` and `judge` are of a single critic.
     """
 
-    own: StackedLinear  # this and the next two: a view, and by what to multiply the action
+    own: StackedLinear  # it and the next two: a view, and by what to multiply the action
     ally: StackedLinear
     enemy: StackedLinear
     action: Array
@@ -552,22 +556,13 @@ class CriticEnsemble(NamedTuple):
     @classmethod
     def create(cls, key: Array, args: Args, state_size: int) -> "CriticEnsemble":
         width, hidden = args.entity_width, args.critic_hidden
-        sizes = {
-            "own": (OWN_FEATURES, 2 * width),
-            "ally": (UNIT_FEATURES, 2 * width),
-            "enemy": (UNIT_FEATURES, 2 * width),
-        }
-        sizes |= {
-            "look": (width, width),
-            "unit": (width, width),
-            "team": (width, hidden),
-            "state": (state_size, hidden),
-        }
-        sizes |= {"hidden": (hidden, hidden), "value": (hidden, 1)}
+        unit = (UNIT_FEATURES, 2 * width)
+        sizes = {"own": (OWN_FEATURES, 2 * width), "ally": unit, "enemy": unit}
+        sizes |= {"look": (width, width), "unit": (width, width), "team": (width, hidden)}
+        sizes |= {"state": (state_size, hidden), "hidden": (hidden, hidden), "value": (hidden, 1)}
         *keys, action_key = jax.random.split(key, len(cls._fields))
-        layers = {
-            name: StackedLinear.create(k, args.num_critics, *size) for k, (name, size) in zip(keys, sizes.items())
-        }
+        named = zip(keys, sizes.items())
+        layers = {name: StackedLinear.create(k, args.num_critics, *size) for k, (name, size) in named}
         return cls(action=stacked_weight(action_key, args.num_critics, ACTION_SIZE, width), **layers)
 
     def __call__(self, state: tuple[Array, Array], actions: Array) -> Array:

@@ -30,8 +30,7 @@ ARMS = {  # benchmark: its arms, the first of which is compared with the last
     "mamujoco_long": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "control": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "smax": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
-    "smax_often": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
-    "smax_pooled": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
+    "smax_before": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "isaaclab_longer": {"diffusion": "tab:blue", "gaussian": "tab:orange"},
     "qvpo": {"qvpo": "tab:blue", "sac": "tab:orange"},
@@ -51,9 +50,8 @@ PEERS = {  # benchmark: other people's arms, the benchmark where they are kept u
 }
 
 # What a benchmark is judged by, if not by the return
-SCORES = dict.fromkeys(
-    ("smax", "smax_often", "smax_ablations", "smax_first", "smax_pooled"), "win_rate"
-) | dict.fromkeys(("isaaclab", "isaaclab_longer", "isaaclab_mappo"), "success_rate")
+SCORES = dict.fromkeys(("smax", "smax_before", "smax_whole"), "win_rate")
+SCORES |= dict.fromkeys(("isaaclab", "isaaclab_longer", "isaaclab_mappo"), "success_rate")
 
 
 def place(args: dict) -> tuple[str, str, str]:
@@ -331,8 +329,7 @@ def report() -> None:
         print()
     columns = "task", "arm", "beside", "steps", "each seed", "the defaults, each seed", "difference"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    pairs = ("mpe_ablations", "mpe"), ("smax_first", "smax"), ("smax_first", "smax_pooled"), ("smax_ablations", "smax")
-    for ablations, defaults in (*pairs, ("qvpo_parts", "qvpo_parts")):
+    for ablations, defaults in ("mpe_ablations", "mpe"), ("smax_whole", "smax"), ("qvpo_parts", "qvpo_parts"):
         tasks = {path.name for path in (RESULTS / defaults).glob("*") if path.is_dir()}
         for task in sorted(path for path in (RESULTS / ablations).glob("*") if path.name in tasks):
             print("\n".join(ablation_rows(task, RESULTS / defaults / task.name)))

@@ -194,8 +194,8 @@ def test_an_ablation_is_compared_with_the_defaults_at_its_last_step(monkeypatch,
     for seed, win in enumerate((0.2, 0.1, 0.3), start=1):
         write(f"smax/3m/gaussian_{seed}.csv", [0, win, 9])
         write(f"smax/3m/diffusion_{seed}.csv", [9, 9, 9])
-        write(f"smax_ablations/3m/gaussian-one-step_{seed}.csv", [9, win + 0.5])
-    (row,) = results.ablation_rows(tmp_path / "smax_ablations" / "3m", tmp_path / "smax" / "3m")
+        write(f"smax_whole/3m/gaussian-one-step_{seed}.csv", [9, win + 0.5])
+    (row,) = results.ablation_rows(tmp_path / "smax_whole" / "3m", tmp_path / "smax" / "3m")
     expected = ["3m", "gaussian-one-step", "smax", "1", "0.70 0.60 0.80", "0.20 0.10 0.30", "+0.50 [+0.37, +0.63]"]
     assert cells(row) == expected
 
