@@ -1160,7 +1160,7 @@ def test_a_team_of_a_run(two_seeds):
         for name, weights in smax.named_arrays(policy).items():
             np.testing.assert_array_equal(weights, checkpoint[f".learner.average_policy{name}"][number])
     assert args == replace(Args(**SMALL, num_seeds=2), device=args.device)
-    obs = jax.random.uniform(jax.random.PRNGKey(0), (2, N, B, policy.observation.weight.shape[1]))
+    obs = jax.random.uniform(jax.random.PRNGKey(0), (2, N, B, policy.observation.whole.weight.shape[1]))
     actions = [policy.sample(jax.random.PRNGKey(1), one) for one in (obs[0], obs[0].at[1].set(obs[1][1]))]
     assert (actions[0][0] == actions[1][0]).all() and (actions[0][1] != actions[1][1]).any()  # decentralised
     tensors, others = smax.read_file("load_team", run_dir / "team.safetensors")
