@@ -433,7 +433,7 @@ class EntityEncoder(NamedTuple):
         return cls(**{name: StackedLinear.create(k, stack, *size) for k, (name, size) in layers})
 
     def __call__(self, obs: Array) -> Array:
-        """[N, B, O] -> [N, B, H]."""
+        """[N, B, O] -> [N, B, H], each agent's from its own observation; see `units` on why those of all N."""
         own, allies, enemies = units(obs)
         x = jnp.concatenate([each(self.ally, allies), each(self.enemy, enemies)], axis=2) + self.own(own)[:, :, None]
         x = each(self.embedding, silu(x))  # [N, B, E, W]
@@ -1568,8 +1568,9 @@ def read_team(flag: str, path: Path, args: Args, given: Collection[str], free: C
 def load_team(path: str | Path, number: int = 0) -> tuple[DiffusionPolicy | GaussianPolicy, Args]:
     """A trained team from its file, to be used from Python: policy.sample(key, obs) acts; see the policies' docstrings.
 
-    Returns the policies of the run's seed with this number and the arguments they were trained with. Raises RunError if
-    the file is not such a team's.
+    The observations are those of all agents, though each acts on its own alone (`units`). Returns the policies of the
+    run's seed with this number and the arguments they were trained with. Raises RunError if the file is not such a
+    team's.
     """
     args, policies = read_team("load_team", Path(path), Args(), (), ())
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[number]), policies), args

@@ -182,7 +182,8 @@ def origin(run: Run) -> dict:
 def train(run: Run) -> None:
     """Train in this worker's own process, so that both end together; from a checkpoint, if there is one."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"  # as much, in JAX
+    single = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"  # the same for JAX
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {single}".strip()
     if run.folder.exists() and run.recorded_command != run.command:
         run.folder.rename(run.folder.with_name(f"{run.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
     run.folder.mkdir(parents=True, exist_ok=True)

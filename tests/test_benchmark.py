@@ -130,10 +130,13 @@ def test_a_run_that_goes_on_is_given_its_flags_again(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.chdir(Path.cwd())  # and back in the end
+    monkeypatch.setattr(os, "environ", {**os.environ, "XLA_FLAGS": "--of-mine"})
     monkeypatch.setattr(ddpl_mpe, "read_command_line", lambda: ())
     monkeypatch.setattr(ddpl_mpe, "main", lambda: seen.append(sys.argv))
     benchmark_run.train._function(run)
     assert seen == [[*run.command, "--resume", str(stopped)]]
+    flags = "--of-mine --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["XLA_FLAGS"]) == ("1", flags)  # a run has one thread
 
 
 @pytest.mark.slow
@@ -270,6 +273,7 @@ def test_an_arm_with_a_script_of_its_own(monkeypatch):
     monkeypatch.setattr(benchmark_run, "ROOT", Path.cwd())
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.chdir(Path.cwd())  # and back in the end
     benchmark_run.train._function(own)
     assert Path("output.txt").read_text().split() == own.command
